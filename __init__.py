@@ -1,0 +1,1 @@
+"""tokexport: the compiler for token-compressed vision-language models."""

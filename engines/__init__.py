@@ -1,0 +1,1 @@
+"""Doing it: running, judging and measuring what was built."""

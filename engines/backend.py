@@ -1,0 +1,167 @@
+"""What an engine is, and how one is found.
+
+An engine is one file in ``engines/backends/``; its file name, with hyphens, is its name on the
+command line. It opens an artefact and returns a session, which holds one conversation at a time.
+
+B batch, T tokens, P prefix, V vision, S suffix, N images, M vision tokens of an image entering the
+language model, D width, Q logits asked for, W vocabulary, G layer groups
+"""
+
+import importlib
+import pkgutil
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from tokexport.errors import BackendUnavailableError, nearest
+from tokexport.exporter.bundle import Bundle
+from tokexport.exporter.plan import DTYPE_BYTES, TokenPlan, VlmSpec
+
+DEFAULT_BACKEND = "ort"
+
+Array = NDArray[np.generic]
+
+
+@dataclass(frozen=True, kw_only=True)
+class SessionOptions:
+    """How a session is opened.
+
+    Attributes:
+        max_text_tokens: text tokens, prompt and answers together, that the cache has room for.
+        max_images: images that it has room for.
+        threads: CPU threads, None for as many as there are cores.
+        model: the checkpoint to read, for engines that run from one instead of from the graphs.
+    """
+
+    max_text_tokens: int
+    max_images: int
+    threads: int | None = None
+    model: str | None = None
+
+    @classmethod
+    def for_bundle(
+        cls,
+        bundle: Bundle,
+        *,
+        max_text_tokens: int | None = None,
+        max_images: int | None = None,
+        threads: int | None = None,
+        model: str | None = None,
+    ) -> "SessionOptions":
+        """Fill what is None from the artefact's recipe."""
+        table = bundle.recipe.session
+        return cls(
+            max_text_tokens=table.max_text_tokens if max_text_tokens is None else max_text_tokens,
+            max_images=table.max_images if max_images is None else max_images,
+            threads=threads,
+            model=model,
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class DecoderStep:
+    """One call of the decoder; see ``exporter.graph_io.decoder_io`` for the meaning of each array."""
+
+    prefix_embeds: Array
+    image_features: Array
+    suffix_embeds: Array
+    position_ids: NDArray[np.int64]
+    past_lengths: NDArray[np.int64]
+    logits_to_keep: NDArray[np.int64]
+
+    def inputs(self) -> Mapping[str, Array]:
+        """Return the arrays by the names of the graph's inputs."""
+        return dict(vars(self))
+
+
+class Session(ABC):
+    """An opened model with a cache for one conversation of batch 1.
+
+    Attributes:
+        plan: the tokens this session computes with.
+    """
+
+    def __init__(self, spec: VlmSpec, plan: TokenPlan, options: SessionOptions) -> None:
+        self.spec, self.plan, self.options = spec, plan, options
+
+    @property
+    def capacities(self) -> tuple[int, ...]:
+        """Tokens that the cache of each layer group has room for."""
+        text, images = self.options.max_text_tokens, self.options.max_images
+        return tuple(text + images * group.vision_tokens for group in self.plan.groups)
+
+    @abstractmethod
+    def encode_images(self, pixel_values: NDArray[np.float32]) -> Array:
+        """Return image features (N, M, D) of pixels (N, 3, height, width)."""
+
+    @abstractmethod
+    def embed(self, input_ids: NDArray[np.int64]) -> Array:
+        """Return embeddings (B, T, D) of token ids (B, T)."""
+
+    @abstractmethod
+    def decode(self, step: DecoderStep) -> NDArray[np.float32]:
+        """Run new tokens, write their keys and values into the cache, return logits (B, Q, W)."""
+
+    @abstractmethod
+    def read_cache(self, layer: int, length: int) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+        """Return keys and values (B, K, length, E) of one layer."""
+
+    @property
+    @abstractmethod
+    def kv_bytes(self) -> int:
+        """Bytes that the cache holds in memory now."""
+
+    def reset(self) -> None:  # noqa: B027 - most caches are overwritten, not cleared
+        """Forget the conversation."""
+
+
+class Backend(ABC):
+    """One way to run a model."""
+
+    is_compressed = True
+    """Whether sessions compute with the artefact's plan, or always with all tokens."""
+
+    @abstractmethod
+    def open(self, bundle: Bundle, options: SessionOptions) -> Session:
+        """Open an artefact.
+
+        Raises:
+            BackendUnavailableError: a package or a device is missing, or the precision is not supported.
+        """
+
+
+def list_backends() -> list[str]:
+    """Return the names of all engines."""
+    import tokexport.engines.backends as package
+
+    return sorted(module.name.replace("_", "-") for module in pkgutil.iter_modules(package.__path__))
+
+
+def load_backend(name: str) -> Backend:
+    """Return the engine called ``name``.
+
+    Raises:
+        BackendUnavailableError: there is none.
+    """
+    if name not in list_backends():
+        raise BackendUnavailableError(f"there is no backend {name!r}{nearest(name, list_backends())}")
+    module = importlib.import_module(f"tokexport.engines.backends.{name.replace('-', '_')}")
+    found = [item for item in vars(module).values() if isinstance(item, type) and issubclass(item, Backend) and item.__module__ == module.__name__]
+    assert len(found) == 1, f"{module.__name__} must define one Backend, not {found}"
+    return found[0]()
+
+
+def open_session(path: Path | Bundle, backend: str = DEFAULT_BACKEND, options: SessionOptions | None = None) -> Session:
+    """Open an artefact with an engine."""
+    bundle = path if isinstance(path, Bundle) else Bundle.open(path)
+    return load_backend(backend).open(bundle, options or SessionOptions.for_bundle(bundle))
+
+
+def planned_kv_bytes(session: Session, dtype: str) -> int:
+    """Return the bytes of the session's cache as its plan has them."""
+    per_token = 2 * session.spec.num_kv_heads * session.spec.head_dim * DTYPE_BYTES[dtype]
+    return per_token * sum(session.capacities[group] for group in session.plan.group_of_layer)

@@ -1,0 +1,98 @@
+"""ONNX Runtime on the CPU, running the portable graphs as they are.
+
+The graphs are standard ONNX, so this is also what any other runtime computes. ``ort`` is faster.
+"""
+
+import os
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from tokexport.engines.backend import Array, Backend, DecoderStep, Session, SessionOptions
+from tokexport.errors import BackendUnavailableError, InputError
+from tokexport.exporter.bundle import Bundle
+from tokexport.exporter.graph_io import GraphName, cache_names
+
+try:
+    import onnxruntime as ort
+except ImportError as error:
+    raise BackendUnavailableError("ONNX Runtime is not installed; install it with: pip install 'tokexport[cpu]'") from error
+
+
+class OrtPortable(Backend):
+    """The graphs of the artefact, unchanged."""
+
+    def open(self, bundle: Bundle, options: SessionOptions) -> "OrtSession":
+        return OrtSession(bundle, options, _graph_file(bundle, "decoder_model_merged"))
+
+
+def _graph_file(bundle: Bundle, graph: GraphName) -> bytes:
+    return bundle.graph_path(graph).read_bytes()
+
+
+class OrtSession(Session):
+    """Three ONNX Runtime sessions and one cache that the decoder reads and writes in place.
+
+    Args:
+        bundle: the artefact; weights are read from it.
+        options: room and threads.
+        decoder: the serialised decoder graph, which may differ from the artefact's.
+    """
+
+    def __init__(self, bundle: Bundle, options: SessionOptions, decoder: bytes) -> None:
+        super().__init__(bundle.spec, bundle.plan, options)
+        self._dtype = np.dtype(_numpy_dtype(bundle.recipe.export.dtype))
+        folder = bundle.path / "onnx"
+        self._vision = inference_session(_graph_file(bundle, "vision_encoder"), folder, threads=options.threads)
+        self._embedding = inference_session(_graph_file(bundle, "embed_tokens"), folder, threads=options.threads)
+        self._decoder = inference_session(decoder, folder, threads=options.threads)
+        self._binding = self._decoder.io_binding()
+        self._binding.bind_output("logits", "cpu")  # first, so that it is the first output of every run
+        self._cache: dict[str, ort.OrtValue] = {}
+        for layer, group in enumerate(self.plan.group_of_layer):
+            shape = (1, self.spec.num_kv_heads, self.capacities[group], self.spec.head_dim)
+            for past, present in zip(cache_names(layer), cache_names(layer, "present"), strict=True):
+                value = ort.OrtValue.ortvalue_from_numpy(np.zeros(shape, self._dtype))
+                self._cache[past] = value
+                # One buffer as input and output: the cache is written in place, never copied.
+                self._binding.bind_ortvalue_input(past, value)
+                self._binding.bind_ortvalue_output(present, value)
+
+    def encode_images(self, pixel_values: NDArray[np.float32]) -> Array:
+        return self._vision.run(["image_features"], {"pixel_values": pixel_values.astype(self._dtype)})[0]
+
+    def embed(self, input_ids: NDArray[np.int64]) -> Array:
+        return self._embedding.run(["inputs_embeds"], {"input_ids": input_ids})[0]
+
+    def decode(self, step: DecoderStep) -> NDArray[np.float32]:
+        if step.prefix_embeds.shape[0] != 1:
+            raise InputError(f"a session runs batch 1, not {step.prefix_embeds.shape[0]}")
+        for name, array in step.inputs().items():
+            self._binding.bind_cpu_input(name, np.ascontiguousarray(array))
+        self._binding.bind_output("logits", "cpu")
+        self._decoder.run_with_iobinding(self._binding)
+        return self._binding.get_outputs()[0].numpy().astype(np.float32, copy=False)
+
+    def read_cache(self, layer: int, length: int) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+        key, value = (self._cache[name].numpy()[:, :, :length].astype(np.float32) for name in cache_names(layer))
+        return key, value
+
+    @property
+    def kv_bytes(self) -> int:
+        return sum(value.numpy().nbytes for value in self._cache.values())
+
+
+def _numpy_dtype(dtype: str) -> type:
+    if dtype == "bfloat16":
+        raise BackendUnavailableError("ONNX Runtime's CPU kernels do not compute in bfloat16; export with --dtype float32 to run here")
+    return np.dtype(dtype).type
+
+
+def inference_session(graph: bytes, folder: Path, *, threads: int | None) -> "ort.InferenceSession":
+    """Open a serialised graph whose weights lie in ``folder``."""
+    settings = ort.SessionOptions()
+    settings.intra_op_num_threads = threads or len(os.sched_getaffinity(0))
+    settings.log_severity_level = 3
+    settings.add_session_config_entry("session.model_external_initializers_file_folder_path", str(folder))
+    return ort.InferenceSession(graph, settings, providers=["CPUExecutionProvider"])

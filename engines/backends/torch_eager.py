@@ -1,0 +1,130 @@
+"""PyTorch running the very modules that were traced: the reference of every compressed graph.
+
+Weights are read from the checkpoint, not from the artefact, so that comparing the two also proves
+that the weights arrived.
+"""
+
+import os
+import re
+from collections.abc import Callable
+from dataclasses import replace
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from tokexport.engines.backend import Array, Backend, DecoderStep, Session, SessionOptions
+from tokexport.errors import CheckpointError
+from tokexport.exporter.bundle import Bundle
+from tokexport.exporter.checkpoint import fingerprint, open_weights
+from tokexport.exporter.export import Design, design, weight_names
+from tokexport.exporter.graph_io import GRAPHS, GraphName
+from tokexport.exporter.weights import Weights
+
+
+class TorchEager(Backend):
+    """The compressed model in PyTorch."""
+
+    def open(self, bundle: Bundle, options: SessionOptions) -> "TorchSession":
+        return TorchSession(source_design(bundle, options.model), options)
+
+
+def source_design(bundle: Bundle, model: str | None) -> Design:
+    """Return the design an artefact was made from, its checkpoint at hand.
+
+    Args:
+        bundle: the artefact.
+        model: where its checkpoint lies now, None for where it lay.
+
+    Raises:
+        CheckpointError: the checkpoint is gone or another one.
+    """
+    recipe = bundle.recipe
+    if model is not None:
+        recipe = replace(recipe, model=replace(recipe.model, checkpoint=model))
+    made = design(recipe)
+    if fingerprint(made.model) != bundle.manifest.model.fingerprint:
+        raise CheckpointError(f"{recipe.model.checkpoint} is not the checkpoint that {bundle.path} was made from; give the right one with --model")
+    return made
+
+
+class TorchSession(Session):
+    """The modules of a design with their weights, in the precision of the export."""
+
+    def __init__(self, made: Design, options: SessionOptions) -> None:
+        super().__init__(made.model.spec, made.plan, options)
+        torch.set_num_threads(options.threads or len(os.sched_getaffinity(0)))
+        self._dtype = getattr(torch, made.recipe.export.dtype)
+        self._modules = _loaded_modules(made, self._dtype)
+        self._cache = [
+            (self._empty(self.capacities[group]), self._empty(self.capacities[group])) for group in made.plan.group_of_layer
+        ]
+
+    @torch.inference_mode()
+    def encode_images(self, pixel_values: NDArray[np.float32]) -> Array:
+        return _to_numpy(self._modules["vision_encoder"](self._tensor(pixel_values)))
+
+    @torch.inference_mode()
+    def vision_layer_outputs(self, pixel_values: NDArray[np.float32]) -> dict[str, NDArray[np.float32]]:
+        """Return the output of every layer of the vision tower and of the projector, by module name."""
+        encoder, outputs = self._modules["vision_encoder"], {}
+
+        def note(name: str) -> Callable[[nn.Module, object, Tensor], None]:
+            return lambda _module, _inputs, output: outputs.__setitem__(name, _to_numpy(output))
+
+        tapped = re.compile(r"vision_tower\.encoder\.layers\.\d+|multi_modal_projector")
+        hooks = [module.register_forward_hook(note(name)) for name, module in encoder.named_modules() if tapped.fullmatch(name)]
+        encoder(self._tensor(pixel_values))
+        for hook in hooks:
+            hook.remove()
+        return outputs
+
+    @torch.inference_mode()
+    def embed(self, input_ids: NDArray[np.int64]) -> Array:
+        return _to_numpy(self._modules["embed_tokens"](torch.from_numpy(input_ids)))
+
+    @torch.inference_mode()
+    def decode(self, step: DecoderStep) -> NDArray[np.float32]:
+        logits, _ = self._modules["decoder_model_merged"](
+            *(self._tensor(array) for array in (step.prefix_embeds, step.image_features, step.suffix_embeds)),
+            *(torch.from_numpy(array) for array in (step.position_ids, step.past_lengths, step.logits_to_keep)),
+            self._cache,
+        )
+        return _to_numpy(logits)
+
+    def read_cache(self, layer: int, length: int) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+        key, value = self._cache[layer]
+        return _to_numpy(key[:, :, :length]), _to_numpy(value[:, :, :length])
+
+    @property
+    def kv_bytes(self) -> int:
+        return sum(tensor.nbytes for pair in self._cache for tensor in pair)
+
+    def _empty(self, capacity: int) -> Tensor:
+        return torch.zeros(1, self.spec.num_kv_heads, capacity, self.spec.head_dim, dtype=self._dtype)
+
+    def _tensor(self, array: Array) -> Tensor:
+        return torch.from_numpy(np.ascontiguousarray(array)).to(self._dtype)
+
+
+def _loaded_modules(made: Design, dtype: torch.dtype) -> dict[GraphName, nn.Module]:
+    weights = open_weights(made.model)
+    with torch.device("meta"):
+        modules = made.modules()
+    for graph in GRAPHS:
+        _load(modules[graph], weight_names(graph, modules[graph]), weights, dtype)
+    return modules
+
+
+def _load(module: nn.Module, names: dict[str, str], weights: Weights, dtype: torch.dtype) -> None:
+    state = {name: weights.load(canonical).to(dtype) for name, canonical in names.items()}
+    module.load_state_dict(state, strict=True, assign=True)
+    for buffer in module.buffers():
+        if buffer.is_floating_point():
+            buffer.data = buffer.data.to(dtype)
+    module.eval().requires_grad_(False)
+
+
+def _to_numpy(tensor: Tensor) -> NDArray[np.float32]:
+    return tensor.float().numpy()

@@ -1,0 +1,129 @@
+"""Judging whether two tensors are the same up to rounding."""
+
+import tomllib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from importlib import resources
+from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from tokexport.recipes.tables import parse_table
+
+Kind = Literal["image_features", "logits", "cache"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tolerance:
+    """A bound on the largest difference: absolute, or as a part of the largest value expected."""
+
+    absolute: float = 0.0
+    relative: float = 0.0
+    reason: str
+
+    def bound(self, expected: NDArray[np.generic]) -> float:
+        """Return the largest difference allowed."""
+        return self.absolute + self.relative * float(np.abs(expected).max(initial=0))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Check:
+    """One comparison.
+
+    ``max_abs_diff`` of tokens or indices is the number that differ; ``cosine`` is then 1 or 0.
+    """
+
+    step: str
+    name: str
+    passed: bool
+    max_abs_diff: float
+    mean_abs_diff: float = 0.0
+    cosine: float
+    norm_ratio: float = 1.0
+    tolerance: float
+    graph: str = ""
+    layer: int | None = None
+    note: str = ""
+
+
+def load_tolerances(dtype: str) -> Mapping[Kind, Tolerance]:
+    """Return the tolerances of graphs in ``dtype``."""
+    text = (resources.files("tokexport.engines") / "tolerances.toml").read_text()
+    table = tomllib.loads(text)[dtype]
+    return {kind: parse_table(Tolerance, entry, f"[{dtype}.{kind}]") for kind, entry in table.items()}
+
+
+def compare_tensors(
+    name: str,
+    found: NDArray[np.generic],
+    expected: NDArray[np.generic],
+    tolerance: Tolerance,
+    *,
+    step: str = "",
+    graph: str = "",
+    layer: int | None = None,
+) -> Check:
+    """Compare two tensors; another shape or a value that is not finite never passes."""
+    bound = tolerance.bound(expected)
+    note = ""
+    if found.shape != expected.shape:
+        note = f"shape {found.shape}, expected {expected.shape}"
+    elif not np.isfinite(found).all():
+        note = "not every value is finite"
+    if note:
+        return Check(
+            step=step, name=name, passed=False, max_abs_diff=float("inf"), cosine=0.0, norm_ratio=0.0, tolerance=bound,
+            graph=graph, layer=layer, note=note,
+        )
+    a, b = found.astype(np.float64).ravel(), expected.astype(np.float64).ravel()
+    difference = np.abs(a - b)
+    norm_a, norm_b = float(np.linalg.norm(a)), float(np.linalg.norm(b))
+    largest = float(difference.max(initial=0))
+    return Check(
+        step=step,
+        name=name,
+        passed=largest <= bound,
+        max_abs_diff=largest,
+        mean_abs_diff=float(difference.mean()) if difference.size else 0.0,
+        cosine=float(a @ b / (norm_a * norm_b)) if norm_a and norm_b else float(norm_a == norm_b),
+        norm_ratio=norm_a / norm_b if norm_b else 1.0,
+        tolerance=bound,
+        graph=graph,
+        layer=layer,
+    )
+
+
+def compare_choices(
+    name: str, found_QW: NDArray[np.float32], expected_QW: NDArray[np.float32], tolerance: Tolerance, *, step: str = "", graph: str = ""
+) -> Check:
+    """Compare the tokens that greedy decoding takes.
+
+    Where they differ although the expected logits of both are closer than twice the tolerance, it is
+    a near-tie, which rounding decides: it is reported and passes.
+    """
+    if found_QW.shape != expected_QW.shape:
+        return Check(
+            step=step, name=name, passed=False, max_abs_diff=float("inf"), cosine=0.0, tolerance=0.0, graph=graph,
+            note=f"shape {found_QW.shape}, expected {expected_QW.shape}",
+        )
+    rows = np.arange(len(found_QW))
+    found, expected = found_QW.argmax(-1), expected_QW.argmax(-1)
+    margin = expected_QW[rows, expected] - expected_QW[rows, found]
+    differs = found != expected
+    ties = int((differs & (margin <= 2 * tolerance.bound(expected_QW))).sum())
+    wrong = int(differs.sum()) - ties
+    return Check(
+        step=step, name=name, passed=wrong == 0, max_abs_diff=float(wrong), cosine=float(wrong == 0), tolerance=0.0,
+        graph=graph, note=f"{ties} near-ties" if ties else "",
+    )
+
+
+def compare_indices(name: str, found: NDArray[np.generic], expected: NDArray[np.generic], *, step: str = "", graph: str = "", layer: int | None = None) -> Check:
+    """Compare kept-token indices, which must be equal."""
+    same = found.shape == expected.shape and bool((found == expected).all())
+    wrong = 0.0 if same else float("inf") if found.shape != expected.shape else float((found != expected).sum())
+    return Check(
+        step=step, name=name, passed=same, max_abs_diff=wrong, cosine=float(same), tolerance=0.0, graph=graph, layer=layer,
+        note="" if same else f"{found.size} kept, expected {expected.size}",
+    )

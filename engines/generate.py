@@ -1,0 +1,194 @@
+"""Conversations: prompts into decoder steps, logits into tokens, several turns on one cache.
+
+P text tokens before an image, V vision tokens, S text tokens after it, Q logits, W vocabulary
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from transformers import LogitsProcessorList, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
+
+from tokexport.engines.backend import Array, DecoderStep, Session
+from tokexport.errors import InputError
+
+IMAGE = -1
+"""Stands in a prompt's token ids where an image goes."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sampling:
+    """How the next token is chosen: greedily at temperature 0, else drawn.
+
+    Attributes:
+        temperature: divides the logits; 0 takes the largest.
+        top_k: draw from the k most likely tokens, 0 for all.
+        top_p: draw from the most likely tokens that hold this much probability.
+        seed: of the draws.
+    """
+
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.temperature < 0:
+            raise InputError(f"temperature {self.temperature} must be at least 0 (0 is greedy)")
+        if self.top_k < 0:
+            raise InputError(f"top-k {self.top_k} must be at least 0 (0 is off)")
+        if not 0 < self.top_p <= 1:
+            raise InputError(f"top-p {self.top_p} must be above 0 and at most 1 (1 is off)")
+        if self.temperature == 0 and (self.top_k or self.top_p < 1):
+            raise InputError("top-k and top-p have no effect at temperature 0; set a temperature, e.g. 0.7")
+
+
+class Sampler:
+    """Chooses tokens, with the warpers of ``transformers``."""
+
+    def __init__(self, sampling: Sampling) -> None:
+        self._is_greedy = sampling.temperature == 0
+        self._generator = torch.Generator().manual_seed(sampling.seed)
+        self._warpers = LogitsProcessorList()
+        if not self._is_greedy:
+            self._warpers.append(TemperatureLogitsWarper(sampling.temperature))
+        if sampling.top_k:
+            self._warpers.append(TopKLogitsWarper(sampling.top_k))
+        if sampling.top_p < 1:
+            self._warpers.append(TopPLogitsWarper(sampling.top_p))
+
+    def __call__(self, logits_W: NDArray[np.float32]) -> int:
+        if self._is_greedy:
+            return int(logits_W.argmax())
+        none: torch.LongTensor = torch.empty(1, 0, dtype=torch.long)  # type: ignore[assignment]
+        scores_1W = self._warpers(none, torch.from_numpy(logits_W)[None].float())  # type: ignore[arg-type]
+        return int(torch.multinomial(scores_1W.softmax(-1), 1, generator=self._generator))
+
+
+class Conversation:
+    """One conversation on a session's cache: counts what is in it and feeds what is new.
+
+    Starting one makes the session forget the one before.
+    """
+
+    def __init__(self, session: Session) -> None:
+        session.reset()
+        self.session = session
+        self.text_tokens = 0
+        self.num_images = 0
+        self._position = 0
+
+    @property
+    def lengths(self) -> tuple[int, ...]:
+        """Tokens in the cache of each layer group."""
+        return tuple(self.text_tokens + self.num_images * group.vision_tokens for group in self.session.plan.groups)
+
+    def feed(self, token_ids: Sequence[int], images: Sequence[Array] = (), *, all_logits: bool = False) -> NDArray[np.float32]:
+        """Run new tokens through the model.
+
+        Args:
+            token_ids: text tokens, and ``IMAGE`` where an image goes.
+            images: image features (1, V, D), one for every ``IMAGE``.
+            all_logits: return the logits of every token instead of the last one's.
+
+        Returns:
+            Logits (Q, W).
+
+        Raises:
+            InputError: nothing to run, images that do not match the markers, or no room left.
+        """
+        self._check(token_ids, images)
+        logits = [
+            self._step(prefix, image, suffix, all_logits=all_logits) for prefix, image, suffix in _spans(token_ids, images)
+        ]
+        return np.concatenate(logits) if all_logits else logits[-1]
+
+    def answer(self, logits_QW: NDArray[np.float32], sampler: Sampler, *, max_new_tokens: int, stop_ids: Sequence[int]) -> Iterator[int]:
+        """Yield the tokens of an answer, from the logits behind the prompt until a stop token.
+
+        The stop token is neither yielded nor put into the cache.
+
+        Raises:
+            InputError: the answer would not fit into the cache.
+        """
+        for count in range(max_new_tokens):
+            token = sampler(logits_QW[-1])
+            if token in stop_ids:
+                return
+            yield token
+            # The last token goes into the cache too, so that a next turn finds the whole answer.
+            is_last = count == max_new_tokens - 1
+            if is_last and self.room < 1:
+                return
+            logits_QW = self.feed([token])
+
+    @property
+    def room(self) -> int:
+        """Text tokens that still fit."""
+        by_position = self.session.spec.max_positions - self._position
+        return min(self.session.options.max_text_tokens - self.text_tokens, by_position)
+
+    def _step(self, prefix: Sequence[int], image: Array | None, suffix: Sequence[int], *, all_logits: bool) -> NDArray[np.float32]:
+        session = self.session
+        prefix_embeds, suffix_embeds = self._embed(prefix), self._embed(suffix)
+        features = prefix_embeds[:, :0] if image is None else image
+        num_text, num_vision = len(prefix) + len(suffix), features.shape[1]
+        start, num_new = self._position, num_text + num_vision
+        kept = session.plan.groups[-1].vision_tokens if image is not None else 0
+        last = num_text + kept - 1
+        step = DecoderStep(
+            prefix_embeds=prefix_embeds,
+            image_features=features,
+            suffix_embeds=suffix_embeds,
+            position_ids=np.arange(start, start + num_new, dtype=np.int64)[None],
+            past_lengths=np.array(self.lengths, dtype=np.int64)[:, None],
+            logits_to_keep=np.arange(0 if all_logits else last, last + 1, dtype=np.int64),
+        )
+        logits_BQW = session.decode(step)
+        self.text_tokens += num_text
+        self.num_images += image is not None
+        self._position += num_new
+        return logits_BQW[0]
+
+    def _embed(self, token_ids: Sequence[int]) -> Array:
+        if not token_ids:
+            return np.zeros((1, 0, self.session.spec.hidden_size), np.float32)
+        return self.session.embed(np.array([token_ids], dtype=np.int64))
+
+    def _check(self, token_ids: Sequence[int], images: Sequence[Array]) -> None:
+        session, markers = self.session, sum(token == IMAGE for token in token_ids)
+        num_text = len(token_ids) - markers
+        if not token_ids:
+            raise InputError("the prompt is empty; give at least one token")
+        if markers != len(images):
+            raise InputError(f"the prompt has {markers} places for images and {len(images)} images were given")
+        if self.num_images + markers > session.options.max_images:
+            raise InputError(
+                f"{self.num_images + markers} images do not fit into a cache for {session.options.max_images}; raise --max-images"
+            )
+        if self.text_tokens + num_text > session.options.max_text_tokens:
+            raise InputError(
+                f"{self.text_tokens + num_text} text tokens ({num_text} of them new) do not fit into a cache for "
+                f"{session.options.max_text_tokens}; shorten the prompt or raise --max-text-tokens"
+            )
+        end = self._position + num_text + markers * session.plan.entering_llm
+        if end > session.spec.max_positions:
+            raise InputError(f"the conversation would reach position {end} and the model has {session.spec.max_positions}; shorten it")
+        bad = [token for token in token_ids if token != IMAGE and not 0 <= token < session.spec.vocab_size]
+        if bad:
+            raise InputError(f"token id {bad[0]} is outside the model's vocabulary of {session.spec.vocab_size}; the tokenizer is another model's")
+
+
+def _spans(token_ids: Sequence[int], images: Sequence[Array]) -> list[tuple[Sequence[int], Array | None, Sequence[int]]]:
+    """Cut a prompt into decoder calls of at most one image each; the first takes the text before it too."""
+    places = [index for index, token in enumerate(token_ids) if token == IMAGE]
+    if not places:
+        return [([], None, token_ids)]
+    spans: list[tuple[Sequence[int], Array | None, Sequence[int]]] = []
+    for number, place in enumerate(places):
+        before = token_ids[:place] if number == 0 else []
+        end = places[number + 1] if number + 1 < len(places) else len(token_ids)
+        spans.append((before, images[number], token_ids[place + 1 : end]))
+    return spans

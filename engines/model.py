@@ -1,0 +1,160 @@
+"""An artefact ready to answer: what ``tokexport.load`` returns."""
+
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from PIL import Image
+
+from tokexport.engines.backend import DEFAULT_BACKEND, Session, SessionOptions, open_session
+from tokexport.engines.generate import Conversation, Sampler, Sampling
+from tokexport.engines.images import load_image
+from tokexport.engines.prompt import Dialogue, PromptProcessor
+from tokexport.errors import InputError
+from tokexport.exporter.bundle import Bundle
+
+ImageLike = Image.Image | Path | str
+
+
+@dataclass
+class Answer:
+    """What was said in one turn.
+
+    Attributes:
+        text: without surrounding blanks.
+        token_ids: of the answer, without the stop token.
+        prompt_tokens: text tokens read in this turn.
+        ttft_ms: from the start of the turn, images and all, to the first token.
+        total_ms: from the start of the turn to its end.
+    """
+
+    text: str = ""
+    token_ids: list[int] = field(default_factory=list)
+    prompt_tokens: int = 0
+    ttft_ms: float = 0.0
+    total_ms: float = 0.0
+
+
+class Vlm:
+    """A vision-language model that was exported by tokexport.
+
+    Args:
+        bundle: the artefact.
+        backend: the engine, see ``tokexport doctor``.
+        options: room and threads.
+    """
+
+    def __init__(self, bundle: Bundle, backend: str, options: SessionOptions) -> None:
+        self.bundle = bundle
+        self.processor = PromptProcessor(bundle.path)
+        self.session: Session = open_session(bundle, backend, options)
+
+    def generate(
+        self, prompt: str, images: Sequence[ImageLike] = (), *, max_new_tokens: int = 64, sampling: Sampling | None = None
+    ) -> Answer:
+        """Answer one question about images.
+
+        Raises:
+            InputError: an empty prompt, an image that cannot be read, or too little room.
+        """
+        return self.chat(sampling=sampling, max_new_tokens=max_new_tokens).ask(prompt, images)
+
+    def chat(self, *, max_new_tokens: int = 64, sampling: Sampling | None = None) -> "Chat":
+        """Start a conversation; it ends when another one starts, as there is one cache."""
+        return Chat(self, max_new_tokens, sampling or Sampling())
+
+
+class Chat:
+    """Turns of one conversation; what was read before stays in the cache.
+
+    Attributes:
+        last: the last turn's answer, complete once its stream is exhausted.
+    """
+
+    def __init__(self, vlm: Vlm, max_new_tokens: int, sampling: Sampling) -> None:
+        if max_new_tokens < 1:
+            raise InputError(f"max-new-tokens {max_new_tokens} must be at least 1")
+        self._vlm, self._max_new_tokens = vlm, max_new_tokens
+        self._sampler = Sampler(sampling)
+        self._dialogue = Dialogue.start(vlm.processor)
+        self._conversation = Conversation(vlm.session)
+        self.last = Answer()
+
+    def ask(self, prompt: str, images: Sequence[ImageLike] = ()) -> Answer:
+        """Return the answer to the next question."""
+        for _ in self.stream(prompt, images):
+            pass
+        return self.last
+
+    def stream(self, prompt: str, images: Sequence[ImageLike] = ()) -> Iterator[str]:
+        """Yield the answer to the next question piece by piece.
+
+        Raises:
+            InputError: an empty prompt, an image that cannot be read, or too little room; the
+                conversation is then as it was before the question.
+        """
+        started, vlm = time.perf_counter(), self._vlm
+        pixels = vlm.processor.pixels([_opened(image) for image in images]) if images else None
+        said, read = len(self._dialogue.messages), self._dialogue.read_text
+        try:
+            token_ids = self._dialogue.ask(prompt, len(images))
+            features = vlm.session.encode_images(pixels) if pixels is not None else None
+            logits = self._conversation.feed(token_ids, [] if features is None else [features[i : i + 1] for i in range(len(images))])
+        except InputError:
+            del self._dialogue.messages[said:]
+            self._dialogue.read_text = read
+            raise
+        self.last = answer = Answer(prompt_tokens=len(token_ids) - len(images))
+        tokens = self._conversation.answer(
+            logits, self._sampler, max_new_tokens=self._max_new_tokens, stop_ids=vlm.processor.stop_ids
+        )
+        for piece in vlm.processor.stream_text(_noted(tokens, answer, started)):
+            answer.text += piece
+            yield piece
+        answer.total_ms = 1000 * (time.perf_counter() - started)
+        self._dialogue.hear(answer.text)
+        answer.text = answer.text.strip()
+
+
+def load(
+    path: str | Path,
+    *,
+    backend: str = DEFAULT_BACKEND,
+    threads: int | None = None,
+    max_text_tokens: int | None = None,
+    max_images: int | None = None,
+    model: str | None = None,
+) -> Vlm:
+    """Open an artefact to ask it questions.
+
+    Args:
+        path: the artefact.
+        backend: the engine.
+        threads: CPU threads, None for as many as there are cores.
+        max_text_tokens: text tokens of a whole conversation that the cache has room for.
+        max_images: images that it has room for.
+        model: the checkpoint, for engines that run from it and if it has moved.
+
+    Raises:
+        BundleError: the artefact is damaged, newer, or none.
+        BackendUnavailableError: the engine is not installed or cannot run it.
+    """
+    bundle = Bundle.open(Path(path))
+    options = SessionOptions.for_bundle(
+        bundle, max_text_tokens=max_text_tokens, max_images=max_images, threads=threads, model=model
+    )
+    return Vlm(bundle, backend, options)
+
+
+def _opened(image: ImageLike) -> Image.Image:
+    return image.convert("RGB") if isinstance(image, Image.Image) else load_image(Path(image))
+
+
+def _noted(tokens: Iterator[int], answer: Answer, started: float) -> Iterator[int]:
+    """Pass tokens on, noting them and when the first came."""
+    for token in tokens:
+        if not answer.token_ids:
+            answer.ttft_ms = 1000 * (time.perf_counter() - started)
+        answer.token_ids.append(token)
+        yield token

@@ -1,0 +1,306 @@
+"""The parity ladder: from ``transformers`` to the engine, each rung with its own numbers.
+
+```
+transformers  --uncompressed-->  our modules in PyTorch
+our modules, compressed  ----->  the portable ONNX graphs in ONNX Runtime
+the portable graphs  --------->  the engine
+```
+On every rung both sides hold the same conversation of three turns on one cache, an image in the
+first and the second. The right side is fed the tokens that the left side chose; where it would have
+chosen the same at every step, its greedy answers are the same.
+"""
+
+import json
+import shutil
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+import torch
+from numpy.typing import NDArray
+
+from tokexport.engines.backend import Session, SessionOptions, load_backend
+from tokexport.engines.backends.torch_eager import TorchSession, source_design
+from tokexport.engines.backends.transformers import TransformersSession
+from tokexport.engines.compare import Check, compare_choices, compare_indices, compare_tensors, load_tolerances
+from tokexport.engines.generate import IMAGE, Conversation
+from tokexport.errors import ParityError
+from tokexport.exporter.bundle import Bundle, library_versions
+from tokexport.exporter.export import Design
+from tokexport.exporter.graph_io import node_scope
+from tokexport.exporter.plan import TokenPlan
+
+NEW_TOKENS = 32
+_TURNS: tuple[tuple[int, bool, int], ...] = ((14, True, 12), (9, True, 11), (0, False, 13))
+"""For each turn: text tokens before the image, whether there is one, text tokens behind."""
+
+Progress = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Probe:
+    """What both sides of a rung are asked: pixels, and the token ids of each turn's prompt."""
+
+    pixel_values: NDArray[np.float32]
+    prompts: tuple[tuple[int, ...], ...]
+
+
+@dataclass
+class Transcript:
+    """What one side answered.
+
+    Attributes:
+        features: image features (N, M, D).
+        logits: for each turn, of every prompt token and every step of the answer, (Q, W).
+        answers: for each turn, the tokens of the answer.
+        cache: for each layer, keys and values (B, K, length, E).
+    """
+
+    features: NDArray[np.float32]
+    logits: list[NDArray[np.float32]]
+    answers: list[list[int]]
+    cache: list[tuple[NDArray[np.float32], NDArray[np.float32]]]
+
+
+@dataclass(frozen=True)
+class Verification:
+    """The outcome of the whole ladder."""
+
+    checks: tuple[Check, ...]
+    dtype: str
+    backend: str
+    seconds: float
+
+    @property
+    def passed(self) -> bool:
+        return all(check.passed for check in self.checks)
+
+    @property
+    def first_failure(self) -> Check | None:
+        return next((check for check in self.checks if not check.passed), None)
+
+    def report(self) -> dict[str, Any]:
+        """Return what ``tokexport verify --json`` prints; its keys are a contract."""
+        return {
+            "passed": self.passed,
+            "backend": self.backend,
+            "dtype": self.dtype,
+            "seconds": round(self.seconds, 2),
+            "checks": [_finite(asdict(check)) for check in self.checks],
+        }
+
+
+def verify(
+    bundle: Bundle, backend: str, options: SessionOptions, *, repro: Path | None = None, progress: Progress = lambda _: None
+) -> Verification:
+    """Climb the ladder up to ``backend``.
+
+    Args:
+        bundle: the artefact.
+        backend: the engine to prove.
+        options: threads and where the checkpoint lies; room is made as needed.
+        repro: where a failure leaves what is needed to look into it, None for nowhere.
+        progress: told what is being run.
+
+    Raises:
+        CheckpointError: the checkpoint that the artefact was made from is not at hand.
+    """
+    started = time.perf_counter()
+    made = source_design(bundle, options.model)
+    probe = make_probe(made)
+    num_text = sum(before + after for before, _, after in _TURNS) + len(_TURNS) * NEW_TOKENS
+    options = replace(options, max_text_tokens=num_text, max_images=sum(has_image for _, has_image, _ in _TURNS))
+    ladder = _Ladder(probe, made.recipe.export.dtype, bundle, repro)
+
+    full = replace(made, methods=(), plans=(TokenPlan.uncompressed(made.model.spec),))
+    progress("transformers, uncompressed")
+    truth = TransformersSession(full, options)
+    expected = record(truth, probe)
+    ladder.checks.append(_whole_model_check(truth, probe, expected, made.recipe.export.dtype))
+    del truth
+    progress("our modules, uncompressed")
+    ladder.climb("transformers vs reference", TorchSession(full, options), expected, taps=None)
+
+    progress("our modules, compressed")
+    reference = TorchSession(made, options)
+    expected, taps = record(reference, probe), reference.vision_layer_outputs(probe.pixel_values)
+    del reference
+    ladder.checks += _index_checks(bundle, made)
+    names = [name for name in ("ort-portable", backend) if name not in ("torch-eager", "transformers")]
+    below = "reference"
+    for name in dict.fromkeys(names):
+        progress(name)
+        session = load_backend(name).open(bundle, options)
+        expected = ladder.climb(f"{below} vs {name}", session, expected, taps=taps if name == "ort-portable" else None)
+        below = name
+    return Verification(tuple(ladder.checks), made.recipe.export.dtype, backend, time.perf_counter() - started)
+
+
+def make_probe(made: Design) -> Probe:
+    """Return a fixed conversation for a model: smooth images with noise, tokens from all of the vocabulary."""
+    spec, generator = made.model.spec, np.random.default_rng(20260212)
+    num_images = sum(has_image for _, has_image, _ in _TURNS)
+    rows, columns = np.mgrid[0 : spec.image_size, 0 : spec.image_size] / spec.image_size
+    waves = [np.sin((3 + i) * rows * (1 + c) + (5 - i) * columns) for i in range(num_images) for c in range(3)]
+    smooth = np.stack(waves).reshape(num_images, 3, spec.image_size, spec.image_size)
+    pixel_values = (smooth + 0.3 * generator.standard_normal(smooth.shape)).astype(np.float32)
+    reserved = made.model.config.image_token_index
+    words = np.setdiff1d(np.arange(spec.vocab_size), [reserved])
+
+    def text(count: int) -> list[int]:
+        return [int(token) for token in generator.choice(words, count)]
+
+    prompts = tuple((*text(before), *([IMAGE] if has_image else []), *text(after)) for before, has_image, after in _TURNS)
+    return Probe(pixel_values, prompts)
+
+
+def record(session: Session, probe: Probe, answers: Sequence[Sequence[int]] | None = None) -> Transcript:
+    """Hold the probe's conversation; without ``answers`` they are chosen greedily."""
+    features = session.encode_images(probe.pixel_values)
+    transcript = Transcript(np.asarray(features, np.float32), [], [], [])
+    conversation, used = Conversation(session), 0
+    for turn, prompt in enumerate(probe.prompts):
+        count = prompt.count(IMAGE)
+        images = [features[used + i : used + i + 1] for i in range(count)]
+        used += count
+        logits = [conversation.feed(prompt, images, all_logits=True)]
+        answer: list[int] = []
+        for step in range(NEW_TOKENS):
+            answer.append(int(logits[-1][-1].argmax()) if answers is None else answers[turn][step])
+            logits.append(conversation.feed(answer[-1:]))
+        transcript.logits.append(np.concatenate(logits))
+        transcript.answers.append(answer)
+    for layer, group in enumerate(session.plan.group_of_layer):
+        transcript.cache.append(session.read_cache(layer, conversation.lengths[group]))
+    return transcript
+
+
+class _Ladder:
+    """Collects checks, and keeps what the first failed rung computed."""
+
+    def __init__(self, probe: Probe, dtype: str, bundle: Bundle, repro: Path | None) -> None:
+        self.checks: list[Check] = []
+        self._probe, self._bundle, self._repro = probe, bundle, repro
+        self._tolerances = load_tolerances(dtype)
+
+    def climb(self, step: str, session: Session, expected: Transcript, *, taps: dict[str, NDArray[np.float32]] | None) -> Transcript:
+        """Compare a session with what is expected, and return what it answered to the same tokens."""
+        found = record(session, self._probe, expected.answers)
+        checks = [] if taps is None else self._vision_checks(step, taps)
+        checks.append(
+            compare_tensors("image features", found.features, expected.features, self._tolerances["image_features"], step=step, graph="vision_encoder")
+        )
+        for turn, (a, b) in enumerate(zip(found.logits, expected.logits, strict=True), start=1):
+            where = {"step": step, "graph": "decoder_model_merged"}
+            checks.append(compare_tensors(f"logits, turn {turn}", a, b, self._tolerances["logits"], **where))
+            checks.append(compare_choices(f"greedy tokens, turn {turn}", a[-NEW_TOKENS - 1 : -1], b[-NEW_TOKENS - 1 : -1], self._tolerances["logits"], **where))
+        for layer, (pair_a, pair_b) in enumerate(zip(found.cache, expected.cache, strict=True)):
+            for name, a, b in zip(("keys", "values"), pair_a, pair_b, strict=True):
+                checks.append(
+                    compare_tensors(f"{name}, layer {layer}", a, b, self._tolerances["cache"], step=step, graph="decoder_model_merged", layer=layer)
+                )
+        if self._repro is not None and all(check.passed for check in self.checks) and not all(check.passed for check in checks):
+            _write_repro(self._repro, self._bundle, self._probe, expected, found, checks)
+        self.checks += checks
+        return found
+
+    def _vision_checks(self, step: str, expected: dict[str, NDArray[np.float32]]) -> list[Check]:
+        """Compare the tower layer by layer, to tell where features part."""
+        found = _graph_taps(self._bundle, self._probe, list(expected))
+        return [
+            compare_tensors(
+                name, found[name], values, self._tolerances["image_features"], step=step, graph="vision_encoder",
+                layer=int(name.rpartition("layers.")[2]) if "layers." in name else None,
+            )
+            for name, values in expected.items()
+        ]
+
+
+def _whole_model_check(session: TransformersSession, probe: Probe, expected: Transcript, dtype: str) -> Check:
+    """Compare the step-by-step run of ``transformers`` with one call of the whole model: pixels and ids in."""
+    image_token = session.model.config.image_token_index
+    num_vision = session.spec.num_vision_tokens
+    ids: list[int] = []
+    for prompt, answer in zip(probe.prompts, expected.answers, strict=True):
+        for token in prompt:
+            ids += [image_token] * num_vision if token == IMAGE else [token]
+        ids += answer
+    with torch.inference_mode():
+        pixel_values = torch.from_numpy(probe.pixel_values).to(next(session.model.parameters()).dtype)
+        logits = session.model(input_ids=torch.tensor([ids]), pixel_values=pixel_values).logits[0].float().numpy()
+    stepwise = np.concatenate(expected.logits)
+    return compare_tensors(
+        "logits, one call of the whole model", stepwise, logits, load_tolerances(dtype)["logits"], step="transformers step by step", graph="decoder_model_merged"
+    )
+
+
+def _index_checks(bundle: Bundle, made: Design) -> list[Check]:
+    """Compare the constant indices of the graphs' gathers with those of the recipe's methods."""
+    checks: list[Check] = []
+    modules = made.modules()
+    for graph in ("vision_encoder", "decoder_model_merged"):
+        initializers = ir.load(bundle.graph_path(graph)).graph.initializers
+        for name, index in modules[graph].named_buffers():
+            if not name.endswith("index_M"):
+                continue
+            stored = initializers[name].const_value if name in initializers else None
+            found = np.empty(0, np.int64) if stored is None else stored.numpy()
+            where = {"step": "reference vs ort-portable", "graph": graph}
+            checks.append(compare_indices(f"kept tokens, {name.removesuffix('.index_M')}", found, index.numpy(), **where))
+    return checks
+
+
+def _graph_taps(bundle: Bundle, probe: Probe, modules: Sequence[str]) -> dict[str, NDArray[np.float32]]:
+    """Return what the last node of each module computes in the vision graph."""
+    from tokexport.engines.backends.ort_portable import inference_session  # needs ONNX Runtime
+
+    model = ir.load(bundle.graph_path("vision_encoder"))
+    last: dict[str, ir.Value] = {}
+    for node in model.graph:
+        for module in modules:
+            if node.name is not None and node.name.startswith(node_scope(module)):
+                last[module] = node.outputs[0]
+    missing = [module for module in modules if module not in last]
+    if missing:
+        raise ParityError(f"the vision graph has no nodes of {', '.join(missing)}; export it again")
+    model.graph.outputs.extend(value for value in last.values() if value not in model.graph.outputs)
+    session = inference_session(ir.to_proto(model).SerializeToString(), bundle.path / "onnx", threads=None)
+    dtype = np.float16 if bundle.recipe.export.dtype == "float16" else np.float32
+    names = [value.name for value in last.values()]
+    outputs = session.run(names, {"pixel_values": probe.pixel_values.astype(dtype)})
+    return {module: np.asarray(output, np.float32) for module, output in zip(last, outputs, strict=True)}
+
+
+def _write_repro(folder: Path, bundle: Bundle, probe: Probe, expected: Transcript, found: Transcript, checks: Sequence[Check]) -> None:
+    """Leave inputs, both outputs and the checks of the first rung that failed."""
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    prompts = {f"prompt_{turn}": np.array(prompt) for turn, prompt in enumerate(probe.prompts, start=1)}
+    answers = {f"answer_{turn}": np.array(answer) for turn, answer in enumerate(expected.answers, start=1)}
+    np.savez_compressed(folder / "inputs.npz", pixel_values=probe.pixel_values, **prompts, **answers)
+    for name, transcript in (("expected", expected), ("found", found)):
+        logits = {f"logits_{turn}": values for turn, values in enumerate(transcript.logits, start=1)}
+        cache = {f"{half}_{layer}": pair[i] for layer, pair in enumerate(transcript.cache) for i, half in enumerate(("key", "value"))}
+        np.savez_compressed(folder / f"{name}.npz", image_features=transcript.features, **logits, **cache)
+    shutil.copyfile(bundle.path / "recipe.toml", folder / "recipe.toml")
+    document = {"versions": library_versions(), "checks": [_finite(asdict(check)) for check in checks]}
+    (folder / "checks.json").write_text(json.dumps(document, indent=2) + "\n")
+
+
+def failure_text(verification: Verification, repro: Path | None) -> str:
+    """Say in one line where the ladder broke."""
+    first = verification.first_failure
+    assert first is not None
+    place = first.graph + (f", layer {first.layer}" if first.layer is not None else "")
+    how = first.note or f"off by {first.max_abs_diff:.3g}, tolerance {first.tolerance:.3g}"
+    kept = f"; inputs and both outputs are in {repro}" if repro is not None and repro.is_dir() else ""
+    return f"parity failed at {first.step}, {place}: {first.name} {how}{kept}"
+
+
+def _finite(table: dict[str, Any]) -> dict[str, Any]:
+    """Replace infinities, which JSON does not have."""
+    return {key: None if isinstance(value, float) and not np.isfinite(value) else value for key, value in table.items()}

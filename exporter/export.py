@@ -1,0 +1,191 @@
+"""The whole story of an export: recipe in, graphs out. Read this first.
+
+``export`` describes the model, plans its tokens, traces three graphs without a weight in memory,
+and streams the weights into the files.
+"""
+
+import json
+import math
+import shutil
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+import onnx
+import onnx_ir as ir
+import torch
+from torch import nn
+
+from tokexport.errors import ExportError
+from tokexport.exporter.bundle import (
+    SCHEMA_VERSION,
+    Bundle,
+    BundleWriter,
+    Manifest,
+    ModelRecord,
+    library_versions,
+)
+from tokexport.exporter.checkpoint import Model, describe_model, fingerprint, open_weights, processor_files
+from tokexport.exporter.graph_io import GRAPHS, GraphIO, GraphName, decoder_io, embed_tokens_io, vision_encoder_io
+from tokexport.exporter.method import Method, arriving_plans, load_methods, tables_of
+from tokexport.exporter.modules.bottleneck import Bottleneck
+from tokexport.exporter.plan import DTYPE_BYTES, TokenPlan, plan_report
+from tokexport.exporter.trace import bind_weights, trace
+from tokexport.exporter.weights import Weights
+from tokexport.recipes.load import recipe_toml
+from tokexport.recipes.schema import Recipe
+from tokexport.recipes.tables import table_of
+
+Progress = Callable[[str], None]
+
+# For each graph, where the parameters of its module are found among the weights.
+_WEIGHT_PREFIXES: dict[GraphName, dict[str, str]] = {
+    "vision_encoder": {"vision_tower.": "model.vision_tower.", "multi_modal_projector.": "model.multi_modal_projector."},
+    "embed_tokens": {"weight": "model.language_model.embed_tokens.weight"},
+    "decoder_model_merged": {"layers.": "model.language_model.layers.", "norm.": "model.language_model.norm.", "lm_head.": "lm_head."},
+}
+
+
+@dataclass(frozen=True)
+class Design:
+    """A recipe that was checked against its model: everything an export or a reference is made from."""
+
+    recipe: Recipe
+    model: Model
+    methods: tuple[Method, ...]
+    plans: tuple[TokenPlan, ...]
+
+    @property
+    def plan(self) -> TokenPlan:
+        return self.plans[-1]
+
+    def modules(self) -> dict[GraphName, nn.Module]:
+        """Return the module of each graph, on the device that is the default."""
+        family, config = self.model.family, self.model.config
+        stages = [stage for method, arriving in self._steps() if (stage := method.feature_stage(self.model.spec, arriving)) is not None]
+        bottlenecks: dict[int, Bottleneck] = {}
+        for method, arriving in self._steps():
+            bottlenecks |= method.bottlenecks(self.model.spec, arriving)
+        return {
+            "vision_encoder": family.vision_encoder(config, stages),
+            "embed_tokens": family.token_embedding(config),
+            "decoder_model_merged": family.decoder(config, bottlenecks),
+        }
+
+    def graph_io(self) -> dict[GraphName, GraphIO]:
+        """Return the inputs and outputs of each graph."""
+        spec, dtype = self.model.spec, self.recipe.export.dtype
+        return {
+            "vision_encoder": vision_encoder_io(spec, self.plan, dtype),
+            "embed_tokens": embed_tokens_io(spec, dtype),
+            "decoder_model_merged": decoder_io(spec, self.plan, dtype),
+        }
+
+    def _steps(self) -> Sequence[tuple[Method, TokenPlan]]:
+        return list(zip(self.methods, self.plans, strict=False))
+
+
+def design(recipe: Recipe, *, describe: Callable[..., Model] = describe_model) -> Design:
+    """Check a recipe against its model.
+
+    Raises:
+        RecipeError: the recipe does not fit the model.
+        CheckpointError: the model cannot be read.
+    """
+    model = describe(recipe.model)
+    methods = load_methods(recipe.compress)
+    if model.spec.num_layers != model.num_layers_before_cut:
+        methods = tuple(method.for_num_layers(model.num_layers_before_cut, model.spec.num_layers) for method in methods)
+    recipe = replace(recipe, compress=tables_of(methods))
+    return Design(recipe, model, methods, arriving_plans(methods, model.spec))
+
+
+def export(made: Design, writer: BundleWriter, progress: Progress = lambda _: None) -> Bundle:
+    """Write the graphs, the weights, the recipe and the manifest into the writer's staging folder.
+
+    Raises:
+        CheckpointError: the weights do not fit.
+        BundleError: the disk is full or not writable.
+        ExportError: a graph breaks what the manifest would promise.
+    """
+    progress("reading the checkpoint")
+    weights = open_weights(made.model)
+    num_parameters = sum(math.prod(shape) for shape in weights.shapes.values())
+    writer.require_room(int(num_parameters * DTYPE_BYTES[made.recipe.export.dtype] * 1.05) + (16 << 20))
+    with torch.device("meta"):
+        modules = made.modules()
+    interfaces = made.graph_io()
+    for graph in GRAPHS:
+        _write_graph(graph, modules[graph], interfaces[graph], made, weights, writer, progress)
+    for path in processor_files(made.model.directory):
+        shutil.copyfile(path, writer.staging / path.name)
+    made.model.config.to_json_file(writer.staging / "config.json", use_diff=False)
+    (writer.staging / "recipe.toml").write_text(recipe_toml(made.recipe), encoding="utf-8")
+    progress("hashing files")
+    bundle = writer.write_manifest(
+        Manifest(
+            schema_version=SCHEMA_VERSION,
+            versions=library_versions(),
+            model=ModelRecord(
+                checkpoint=made.model.table.checkpoint,
+                weights=made.model.table.weights,
+                fingerprint=fingerprint(made.model),
+                num_parameters=num_parameters,
+            ),
+            recipe=_recipe_table(made.recipe),
+            spec=made.model.spec,
+            plan=made.plan,
+            graphs={graph: table_of(io) for graph, io in interfaces.items()},
+        )
+    )
+    bundle.write_report("plan.json", made_plan_report(made))
+    return bundle
+
+
+def made_plan_report(made: Design) -> dict[str, object]:
+    """Return what ``tokexport plan --json`` prints for a design."""
+    report = plan_report(made.model.spec, made.plan, text_tokens=made.recipe.plan.text_tokens, dtype=made.recipe.export.dtype)
+    return {"recipe": made.recipe.name, "checkpoint": made.model.table.checkpoint, **report}
+
+
+def weight_names(graph: GraphName, module: nn.Module) -> dict[str, str]:
+    """Return, for every parameter of a graph's module, its canonical name."""
+    names: dict[str, str] = {}
+    for name, _ in module.named_parameters():
+        for prefix, canonical in _WEIGHT_PREFIXES[graph].items():
+            if name.startswith(prefix):
+                names[name] = canonical + name.removeprefix(prefix)
+    return names
+
+
+def _write_graph(
+    graph: GraphName, module: nn.Module, io: GraphIO, made: Design, weights: Weights, writer: BundleWriter, progress: Progress
+) -> None:
+    dtype = made.recipe.export.dtype
+    progress(f"tracing {graph}")
+    model = trace(module, io, dtype=dtype, vision=made.plan.entering_llm)
+    model.graph.name = graph
+    model.producer_name, model.producer_version = "tokexport", library_versions().get("tokexport", "")
+    bound = bind_weights(model, weights, weight_names(graph, module), dtype)
+    progress(f"writing {graph}")
+    values = [model.graph.initializers[name] for name in bound]
+    tensors = [value.const_value for value in values if value.const_value is not None]
+    folder = writer.staging / "onnx"
+    external = ir.external_data.convert_tensors_to_external(tensors, folder, f"{graph}.onnx_data", max_workers=1)
+    for value, tensor in zip(values, external, strict=True):
+        value.const_value = tensor
+    path = folder / f"{graph}.onnx"
+    ir.save(model, path)
+    _check(path)
+
+
+def _check(path: "object") -> None:
+    try:
+        onnx.checker.check_model(str(path), full_check=True)
+    except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
+        raise ExportError(f"{path} does not pass the ONNX checker ({error}); please report this with the recipe") from error
+
+
+def _recipe_table(recipe: Recipe) -> dict[str, object]:
+    table = table_of(recipe)
+    table["compress"] = [{"method": step.method, **table_of(step.options)} for step in recipe.compress]
+    return json.loads(json.dumps(table))

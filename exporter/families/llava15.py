@@ -1,0 +1,137 @@
+"""LLaVA-1.5 (arXiv 2310.03744): CLIP vision tower, two-layer projector, Llama decoder."""
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import LlavaConfig, LlavaForConditionalGeneration, PreTrainedConfig, PreTrainedModel
+from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
+
+from tokexport.errors import CheckpointError, RecipeError, nearest
+from tokexport.exporter.family import Family
+from tokexport.exporter.modules.bottleneck import Bottleneck
+from tokexport.exporter.modules.decoder import Decoder, DecoderConfig
+from tokexport.exporter.modules.vision import ClipVisionEncoder
+from tokexport.exporter.plan import VlmSpec
+
+# Tensor names found in published checkpoints, and what transformers calls them today.
+_RENAMES = [
+    (re.compile(r"^language_model\.model\."), "model.language_model."),
+    (re.compile(r"^(model\.)?language_model\.lm_head\."), "lm_head."),
+    (re.compile(r"^(model\.)?vision_tower\.(vision_model\.)?"), "model.vision_tower."),
+    (re.compile(r"^multi_modal_projector\."), "model.multi_modal_projector."),
+]
+# Buffers that older versions of transformers stored and that today's compute.
+_BUFFERS = re.compile(r"(rotary_emb\.inv_freq|embeddings\.position_ids)$")
+
+
+class Llava15(Family):
+    """LLaVA-1.5 in any size."""
+
+    def read_config(self, directory: Path) -> PreTrainedConfig:
+        path = directory / "config.json"
+        try:
+            table = json.loads(path.read_text())
+        except FileNotFoundError:
+            raise CheckpointError(f"{directory} has no config.json; give the directory of a LLaVA-1.5 checkpoint saved by transformers") from None
+        except (OSError, ValueError) as error:
+            raise CheckpointError(f"{path} cannot be read as JSON ({error}); fetch the checkpoint again") from error
+        model_type = table.get("model_type") if isinstance(table, dict) else None
+        if model_type != "llava":
+            raise CheckpointError(f'{path} describes a model of type {model_type!r}, expected "llava"; family llava15 takes LLaVA-1.5 checkpoints only')
+        return LlavaConfig.from_pretrained(directory)
+
+    def make_config(self, base: PreTrainedConfig | None, changes: Mapping[str, Any]) -> PreTrainedConfig:
+        table = (base or LlavaConfig()).to_dict()
+        return LlavaConfig.from_dict(_merged(table, changes, "[model.architecture]"))
+
+    def with_num_layers(self, config: PreTrainedConfig, num_layers: int) -> PreTrainedConfig:
+        return self.make_config(config, {"text_config": {"num_hidden_layers": num_layers}})
+
+    def spec(self, config: PreTrainedConfig) -> VlmSpec:
+        assert isinstance(config, LlavaConfig)
+        text, vision = config.text_config, config.vision_config
+        _require("text_config.model_type", text.model_type, "llama")
+        _require("text_config.hidden_act", text.hidden_act, "silu")
+        _require("vision_config.model_type", vision.model_type, "clip_vision_model")
+        _require("vision_feature_select_strategy", config.vision_feature_select_strategy, "default")
+        _require("rope_type", text.rope_parameters.get("rope_type", "default"), "default", "linear", "llama3")
+        if not isinstance(config.vision_feature_layer, int):
+            raise CheckpointError(f"vision_feature_layer = {config.vision_feature_layer} takes several layers, which LLaVA-1.5 does not; expected one number")
+        side = vision.image_size // vision.patch_size
+        return VlmSpec(
+            family="llava15",
+            num_layers=text.num_hidden_layers,
+            hidden_size=text.hidden_size,
+            intermediate_size=text.intermediate_size,
+            num_heads=text.num_attention_heads,
+            num_kv_heads=text.num_key_value_heads,
+            head_dim=text.head_dim or text.hidden_size // text.num_attention_heads,
+            vocab_size=text.vocab_size,
+            max_positions=text.max_position_embeddings,
+            image_size=vision.image_size,
+            vision_grid=(side, side),
+        )
+
+    def canonical_name(self, name: str) -> str | None:
+        if _BUFFERS.search(name):
+            return None
+        for pattern, replacement in _RENAMES:
+            name = pattern.sub(replacement, name)
+        return name
+
+    def vision_encoder(self, config: PreTrainedConfig, stages: Sequence[nn.Module]) -> nn.Module:
+        assert isinstance(config, LlavaConfig)
+        return ClipVisionEncoder(config, stages)
+
+    def decoder(self, config: PreTrainedConfig, bottlenecks: Mapping[int, Bottleneck]) -> Decoder:
+        assert isinstance(config, LlavaConfig)
+        text, spec = config.text_config, self.spec(config)
+        sizes = DecoderConfig(
+            hidden_size=spec.hidden_size,
+            intermediate_size=spec.intermediate_size,
+            num_layers=spec.num_layers,
+            num_heads=spec.num_heads,
+            num_kv_heads=spec.num_kv_heads,
+            head_dim=spec.head_dim,
+            vocab_size=spec.vocab_size,
+            rms_norm_eps=text.rms_norm_eps,
+            attention_bias=text.attention_bias,
+            mlp_bias=text.mlp_bias,
+        )
+        return Decoder(sizes, bottlenecks, _rope_tables(text))
+
+    def token_embedding(self, config: PreTrainedConfig) -> nn.Module:
+        assert isinstance(config, LlavaConfig)
+        return nn.Embedding(config.text_config.vocab_size, config.text_config.hidden_size)
+
+    def reference_model(self, config: PreTrainedConfig) -> PreTrainedModel:
+        return LlavaForConditionalGeneration(config)
+
+
+def _rope_tables(text: PreTrainedConfig) -> tuple[Tensor, Tensor]:
+    """Return cosines and sines of every position, (R, E / 2) each, on the CPU even under the meta device."""
+    with torch.device("cpu"):
+        rope = LlamaRotaryEmbedding(text)
+        cos_1RE, sin_1RE = rope(torch.zeros(1), torch.arange(text.max_position_embeddings).unsqueeze(0))
+    half = cos_1RE.shape[-1] // 2
+    return cos_1RE[0, :, :half].contiguous(), sin_1RE[0, :, :half].contiguous()
+
+
+def _require(name: str, value: object, *expected: str) -> None:
+    if value not in expected:
+        raise CheckpointError(f"{name} = {value!r} is not supported by family llava15; expected {' or '.join(map(repr, expected))}")
+
+
+def _merged(table: Mapping[str, Any], changes: Mapping[str, Any], where: str) -> dict[str, Any]:
+    merged = dict(table)
+    for key, value in changes.items():
+        if key not in table:
+            raise RecipeError(f"{where} has no key {key!r}{nearest(key, list(table))}")
+        is_table = isinstance(table[key], Mapping) and isinstance(value, Mapping)
+        merged[key] = _merged(table[key], value, f"{where[:-1]}.{key}]") if is_table else value
+    return merged

@@ -1,0 +1,93 @@
+"""What a model family is, and how one is found.
+
+A family is one file in ``exporter/families/``; its file name is its name in a recipe. It knows the
+configuration, the names of the weights and the modules; it knows no method and no engine.
+"""
+
+import importlib
+import pkgutil
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from tokexport.errors import RecipeError, nearest
+from tokexport.exporter.modules.bottleneck import Bottleneck
+from tokexport.exporter.modules.decoder import Decoder
+from tokexport.exporter.plan import VlmSpec
+
+
+class Family(ABC):
+    """One architecture of vision-language model."""
+
+    @abstractmethod
+    def read_config(self, directory: Path) -> PreTrainedConfig:
+        """Read the configuration of a checkpoint.
+
+        Raises:
+            CheckpointError: no configuration, or one of another architecture.
+        """
+
+    @abstractmethod
+    def make_config(self, base: PreTrainedConfig | None, changes: Mapping[str, Any]) -> PreTrainedConfig:
+        """Return the family's default configuration, or ``base``, with ``changes``.
+
+        Raises:
+            RecipeError: a change names a key the configuration does not have.
+        """
+
+    @abstractmethod
+    def with_num_layers(self, config: PreTrainedConfig, num_layers: int) -> PreTrainedConfig:
+        """Return the configuration with another number of decoder layers."""
+
+    @abstractmethod
+    def spec(self, config: PreTrainedConfig) -> VlmSpec:
+        """Return the sizes that planning needs.
+
+        Raises:
+            CheckpointError: the configuration asks for something that is not supported.
+        """
+
+    @abstractmethod
+    def canonical_name(self, name: str) -> str | None:
+        """Return the name of a stored tensor as ``transformers`` names it today, None for one without use."""
+
+    @abstractmethod
+    def vision_encoder(self, config: PreTrainedConfig, stages: Sequence[nn.Module]) -> nn.Module:
+        """Return the module from pixels to image features, ``stages`` behind the projector."""
+
+    @abstractmethod
+    def decoder(self, config: PreTrainedConfig, bottlenecks: Mapping[int, Bottleneck]) -> Decoder:
+        """Return the language model without its token embedding."""
+
+    @abstractmethod
+    def token_embedding(self, config: PreTrainedConfig) -> nn.Module:
+        """Return the module from token ids to embeddings."""
+
+    @abstractmethod
+    def reference_model(self, config: PreTrainedConfig) -> PreTrainedModel:
+        """Return the ``transformers`` model whose numbers are the truth."""
+
+
+def list_families() -> list[str]:
+    """Return the names of all families."""
+    import tokexport.exporter.families as package
+
+    return sorted(module.name for module in pkgutil.iter_modules(package.__path__))
+
+
+def load_family(name: str) -> Family:
+    """Return the family called ``name``.
+
+    Raises:
+        RecipeError: there is none.
+    """
+    if name not in list_families():
+        raise RecipeError(f"[model] there is no family {name!r}{nearest(name, list_families())}")
+    module = importlib.import_module(f"tokexport.exporter.families.{name}")
+    found = [item for item in vars(module).values() if isinstance(item, type) and issubclass(item, Family) and item.__module__ == module.__name__]
+    assert len(found) == 1, f"{module.__name__} must define one Family, not {found}"
+    return found[0]()

@@ -1,0 +1,91 @@
+"""Names, dtypes and symbolic dimensions of every graph: the interface that engines are written against.
+
+A dimension is a number or a name. A name that stands in two places is the same number in both.
+"""
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from tokexport.exporter.plan import TokenPlan, VlmSpec
+
+GraphName = Literal["vision_encoder", "embed_tokens", "decoder_model_merged"]
+GRAPHS: tuple[GraphName, ...] = ("vision_encoder", "embed_tokens", "decoder_model_merged")
+
+Dim = int | str
+
+
+@dataclass(frozen=True, kw_only=True)
+class TensorIO:
+    """One input or output of a graph."""
+
+    name: str
+    dtype: str
+    shape: tuple[Dim, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class GraphIO:
+    """The exact inputs and outputs of a graph, in order."""
+
+    inputs: tuple[TensorIO, ...]
+    outputs: tuple[TensorIO, ...]
+
+
+def cache_names(layer: int, prefix: str = "past_key_values") -> tuple[str, str]:
+    """Return the names of one layer's keys and values; ``present`` is the prefix of outputs."""
+    return f"{prefix}.{layer}.key", f"{prefix}.{layer}.value"
+
+
+def node_scope(module: str) -> str:
+    """Return what the names of the nodes of a module begin with: ``layers.0.mlp`` -> ``/layers.0/mlp/``."""
+    return "/" + re.sub(r"\.(?!\d)", "/", module) + "/"
+
+
+def vision_encoder_io(spec: VlmSpec, plan: TokenPlan, dtype: str) -> GraphIO:
+    """Pixels of whole images in, vision tokens that enter the language model out."""
+    return GraphIO(
+        inputs=(TensorIO(name="pixel_values", dtype=dtype, shape=("num_images", 3, spec.image_size, spec.image_size)),),
+        outputs=(TensorIO(name="image_features", dtype=dtype, shape=("num_images", plan.entering_llm, spec.hidden_size)),),
+    )
+
+
+def embed_tokens_io(spec: VlmSpec, dtype: str) -> GraphIO:
+    """Token ids in, embeddings out."""
+    return GraphIO(
+        inputs=(TensorIO(name="input_ids", dtype="int64", shape=("batch", "length")),),
+        outputs=(TensorIO(name="inputs_embeds", dtype=dtype, shape=("batch", "length", spec.hidden_size)),),
+    )
+
+
+def decoder_io(spec: VlmSpec, plan: TokenPlan, dtype: str) -> GraphIO:
+    """Text, at most one image a call, more text, and the cache in; logits and the cache out.
+
+    ``vision`` is 0 or the plan's ``entering_llm``; ``prefix`` and ``suffix`` may be 0. A layer's
+    cache has the capacity of its group; outputs are to be bound to the buffers of the inputs.
+    """
+    width = spec.hidden_size
+    return GraphIO(
+        inputs=(
+            TensorIO(name="prefix_embeds", dtype=dtype, shape=("batch", "prefix", width)),
+            TensorIO(name="image_features", dtype=dtype, shape=("batch", "vision", width)),
+            TensorIO(name="suffix_embeds", dtype=dtype, shape=("batch", "suffix", width)),
+            TensorIO(name="position_ids", dtype="int64", shape=("batch", "prefix + vision + suffix")),
+            TensorIO(name="past_lengths", dtype="int64", shape=(len(plan.groups), "batch")),
+            TensorIO(name="logits_to_keep", dtype="int64", shape=("num_logits",)),
+            *_cache_io(spec, plan, dtype, "past_key_values"),
+        ),
+        outputs=(
+            TensorIO(name="logits", dtype=dtype, shape=("batch", "num_logits", spec.vocab_size)),
+            *_cache_io(spec, plan, dtype, "present"),
+        ),
+    )
+
+
+def _cache_io(spec: VlmSpec, plan: TokenPlan, dtype: str, prefix: str) -> Sequence[TensorIO]:
+    return [
+        TensorIO(name=name, dtype=dtype, shape=("batch", spec.num_kv_heads, f"capacity_{group}", spec.head_dim))
+        for layer, group in enumerate(plan.group_of_layer)
+        for name in cache_names(layer, prefix)
+    ]

@@ -1,0 +1,97 @@
+"""What a compression method is, and how one is found.
+
+A method is one file in ``exporter/methods/``; its file name is its name in a recipe. The file
+defines one frozen dataclass, a subclass of ``Method``, whose fields are the recipe's options.
+"""
+
+import importlib
+import pkgutil
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal, Self
+
+from tokexport.errors import RecipeError, nearest
+from tokexport.exporter.plan import TokenPlan, VlmSpec
+from tokexport.recipes.schema import CompressTable
+from tokexport.recipes.tables import parse_table, table_of
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from tokexport.exporter.modules.bottleneck import Bottleneck
+
+PositionPolicy = Literal["keep", "renumber"]
+"""Rotary positions of the tokens behind a bottleneck: those they came with, or 0, 1, 2, ..."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Method(ABC):
+    """One way to leave vision tokens out; fields are recipe options."""
+
+    @abstractmethod
+    def plan(self, spec: VlmSpec, arriving: TokenPlan) -> TokenPlan:
+        """Return the plan behind this method, given the plan before it.
+
+        Raises:
+            RecipeError: an option does not fit the model or what arrives.
+        """
+
+    def feature_stage(self, spec: VlmSpec, arriving: TokenPlan) -> "nn.Module | None":
+        """Return what thins the image features (B, N, D) to (B, M, D) before the language model."""
+        return None
+
+    def bottlenecks(self, spec: VlmSpec, arriving: TokenPlan) -> "dict[int, Bottleneck]":
+        """Return what stands before which decoder layer."""
+        return {}
+
+    def for_num_layers(self, before: int, after: int) -> Self:
+        """Return the method for the same model cut from ``before`` to ``after`` decoder layers."""
+        return self
+
+
+def list_methods() -> list[str]:
+    """Return the names of all methods."""
+    import tokexport.exporter.methods as package
+
+    return sorted(module.name for module in pkgutil.iter_modules(package.__path__))
+
+
+def load_methods(steps: Sequence[CompressTable]) -> tuple[Method, ...]:
+    """Make the methods of a recipe, in their order.
+
+    Raises:
+        RecipeError: an unknown method or option, or a method that stands there twice.
+    """
+    names = [step.method for step in steps]
+    for name in names:
+        if names.count(name) > 1:
+            raise RecipeError(f'[[compress]] method = "{name}" stands there twice; give one table with all its options')
+    return tuple(parse_table(_method_class(step.method), step.options, f"[[compress]] {step.method}") for step in steps)
+
+
+def tables_of(methods: Sequence[Method]) -> tuple[CompressTable, ...]:
+    """Return methods as recipe tables, every default filled in."""
+    return tuple(CompressTable(method=type(method).__module__.rpartition(".")[2], options=table_of(method)) for method in methods)
+
+
+def plan_tokens(methods: Sequence[Method], spec: VlmSpec) -> TokenPlan:
+    """Return the plan of a model compressed by ``methods``, one after the other."""
+    return arriving_plans(methods, spec)[-1]
+
+
+def arriving_plans(methods: Sequence[Method], spec: VlmSpec) -> tuple[TokenPlan, ...]:
+    """Return the plan before each method, and behind the last."""
+    plans = [TokenPlan.uncompressed(spec)]
+    for method in methods:
+        plans.append(method.plan(spec, plans[-1]))
+    return tuple(plans)
+
+
+def _method_class(name: str) -> type[Method]:
+    if name not in list_methods():
+        raise RecipeError(f"[[compress]] there is no method {name!r}{nearest(name, list_methods())}")
+    module = importlib.import_module(f"tokexport.exporter.methods.{name}")
+    found = [item for item in vars(module).values() if isinstance(item, type) and issubclass(item, Method) and item.__module__ == module.__name__]
+    assert len(found) == 1, f"{module.__name__} must define one Method, not {found}"
+    return found[0]

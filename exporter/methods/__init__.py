@@ -1,0 +1,1 @@
+"""One file per compression method; the file name is the method's name in a recipe."""

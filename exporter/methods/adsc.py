@@ -1,0 +1,116 @@
+"""ADSC, attention-driven self-compression (arXiv 2602.12618).
+
+Vision tokens are downsampled uniformly before chosen decoder layers. There are no scores and no
+extra module: the model, tuned with the bottlenecks in place, moves what matters into the tokens
+that stay. In a graph every bottleneck is a gather with a constant index.
+"""
+
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Literal, Self
+
+from tokexport.errors import RecipeError
+from tokexport.exporter.method import Method, PositionPolicy
+from tokexport.exporter.plan import (
+    TokenPlan,
+    VlmSpec,
+    grid_index,
+    resolve_keep,
+    scaled_layers,
+    squarest_grid,
+    stride_index,
+)
+
+if TYPE_CHECKING:
+    from tokexport.exporter.modules.bottleneck import Bottleneck
+
+
+@dataclass(frozen=True, kw_only=True)
+class Drop:
+    """A bottleneck before ``layer`` (from 0) that keeps a token count (int) or a fraction (float)."""
+
+    layer: int
+    keep: int | float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Adsc(Method):
+    """Uniform downsampling inside the language model.
+
+    Attributes:
+        drops: the bottlenecks, ascending by layer.
+        pattern: ``stride`` thins the row-major sequence, ``grid`` the rows and columns.
+        phase: where in its cell the kept token lies, from 0 (first) to below 1.
+        positions: whether kept tokens keep their rotary positions or are numbered anew.
+    """
+
+    drops: tuple[Drop, ...]
+    pattern: Literal["stride", "grid"] = "stride"
+    phase: float = 0.0
+    positions: PositionPolicy = "keep"
+
+    def __post_init__(self) -> None:
+        if not self.drops:
+            raise RecipeError("[[compress]] adsc needs at least one entry in drops, e.g. {layer = 8, keep = 0.5}")
+        if not 0 <= self.phase < 1:
+            raise RecipeError(f"[[compress]] adsc phase = {self.phase} must be at least 0 and below 1")
+        layers = [drop.layer for drop in self.drops]
+        if layers != sorted(set(layers)):
+            raise RecipeError(f"[[compress]] adsc drops name the layers {layers}; each must be larger than the one before")
+
+    def plan(self, spec: VlmSpec, arriving: TokenPlan) -> TokenPlan:
+        plan = arriving
+        for drop in self.drops:
+            where = f"[[compress]] adsc drop before layer {drop.layer}:"
+            if not 0 <= drop.layer < spec.num_layers:
+                raise RecipeError(f"{where} the model has the layers 0 to {spec.num_layers - 1}")
+            plan = plan.thinned_before_layer(drop.layer, resolve_keep(drop.keep, plan.per_layer[drop.layer], where))
+        if self.pattern == "grid":
+            self._grids(plan, arriving)
+        return plan
+
+    def bottlenecks(self, spec: VlmSpec, arriving: TokenPlan) -> "dict[int, Bottleneck]":
+        from tokexport.exporter.modules.bottleneck import StaticGather  # planning does without torch
+
+        return {layer: StaticGather(index, self.positions) for layer, index in self.indices(spec, arriving).items()}
+
+    def indices(self, spec: VlmSpec, arriving: TokenPlan) -> dict[int, tuple[int, ...]]:
+        """Return, by layer, which of the tokens arriving at its bottleneck are kept, ascending."""
+        plan = self.plan(spec, arriving)
+        counts = [_arriving_at(arriving, self.drops[0].layer), *(plan.per_layer[drop.layer] for drop in self.drops)]
+        if self.pattern == "stride":
+            kept = [stride_index(n, m, self.phase) for n, m in zip(counts, counts[1:], strict=False)]
+        else:
+            grids = self._grids(plan, arriving)
+            kept = [grid_index(before, after, self.phase) for before, after in zip(grids, grids[1:], strict=False)]
+        return {drop.layer: index for drop, index in zip(self.drops, kept, strict=True)}
+
+    def for_num_layers(self, before: int, after: int) -> Self:
+        layers = scaled_layers([drop.layer for drop in self.drops], before, after)
+        return replace(self, drops=tuple(replace(drop, layer=layer) for drop, layer in zip(self.drops, layers, strict=True)))
+
+    def _grids(self, plan: TokenPlan, arriving: TokenPlan) -> list[tuple[int, int]]:
+        """Return rows and columns before the first bottleneck and behind each."""
+        if arriving.grid is None or _arriving_at(arriving, self.drops[0].layer) != arriving.entering_llm:
+            raise RecipeError('[[compress]] adsc pattern = "grid" needs a full grid of tokens, which an earlier method broke; use pattern = "stride"')
+        grids = [arriving.grid]
+        for drop in self.drops:
+            keep = plan.per_layer[drop.layer]
+            kept = squarest_grid(arriving.grid, grids[-1], keep)
+            if kept is None:
+                raise RecipeError(
+                    f"[[compress]] adsc drop before layer {drop.layer}: {keep} tokens are no rows x columns within "
+                    f"{grids[-1][0]} x {grids[-1][1]}; {_nearest_products(grids[-1], keep)} would be"
+                )
+            grids.append(kept)
+        return grids
+
+
+def _arriving_at(plan: TokenPlan, layer: int) -> int:
+    return plan.per_layer[layer - 1] if layer > 0 else plan.entering_llm
+
+
+def _nearest_products(grid: tuple[int, int], keep: int) -> str:
+    products = sorted({rows * columns for rows in range(1, grid[0] + 1) for columns in range(1, grid[1] + 1)})
+    below = [product for product in products if product < keep]
+    above = [product for product in products if product > keep]
+    return " or ".join(str(product) for product in below[-1:] + above[:1])

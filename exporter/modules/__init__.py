@@ -1,0 +1,1 @@
+"""Modules written once: run as they are they are the PyTorch reference, traced they are the graphs."""

@@ -1,0 +1,207 @@
+"""The operators of the decoder that must reach ONNX as one node each.
+
+Every operator has a PyTorch body, so that a module which calls it *is* the reference, and a
+translation to exactly one standard ONNX node, so that engines find an attention and not its pieces.
+
+B batch, T new tokens, H query heads, K key/value heads, E head width, C cache capacity, R table rows,
+N vision tokens that arrive, M kept ones, D width, X = heads x E
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from onnxscript.onnx_opset import opset24 as onnx_op
+from torch import Tensor
+from torch.nn import functional
+
+
+@torch.library.custom_op("tokexport::cached_attention", mutates_args=())
+def _cached_attention(query_BHTE: Tensor, key_BKCE: Tensor, value_BKCE: Tensor, length_B: Tensor) -> Tensor:
+    return _attend(query_BHTE, key_BKCE, value_BKCE, length_B)
+
+
+@_cached_attention.register_fake
+def _(query_BHTE: Tensor, key_BKCE: Tensor, value_BKCE: Tensor, length_B: Tensor) -> Tensor:
+    return torch.empty_like(query_BHTE)
+
+
+@torch.library.custom_op("tokexport::cache_update", mutates_args=())
+def _cache_update(cache_BKCE: Tensor, new_BKTE: Tensor, start_B: Tensor) -> Tensor:
+    return _write(cache_BKCE.clone(), new_BKTE, start_B)
+
+
+@_cache_update.register_fake
+def _(cache_BKCE: Tensor, new_BKTE: Tensor, start_B: Tensor) -> Tensor:
+    return torch.empty_like(cache_BKCE)
+
+
+@torch.library.custom_op("tokexport::rotary", mutates_args=())
+def _rotary(x_BHTE: Tensor, cos_RE: Tensor, sin_RE: Tensor, position_BT: Tensor) -> Tensor:
+    return _rotate(x_BHTE, cos_RE, sin_RE, position_BT)
+
+
+@_rotary.register_fake
+def _(x_BHTE: Tensor, cos_RE: Tensor, sin_RE: Tensor, position_BT: Tensor) -> Tensor:
+    return torch.empty_like(x_BHTE)
+
+
+@torch.library.custom_op("tokexport::split_heads", mutates_args=())
+def _split_heads(x_BTX: Tensor, head_dim: int) -> Tensor:
+    return x_BTX.unflatten(2, (-1, head_dim)).transpose(1, 2).contiguous()
+
+
+@_split_heads.register_fake
+def _(x_BTX: Tensor, head_dim: int) -> Tensor:
+    return x_BTX.new_empty(x_BTX.shape[0], x_BTX.shape[2] // head_dim, x_BTX.shape[1], head_dim)
+
+
+@torch.library.custom_op("tokexport::merge_heads", mutates_args=())
+def _merge_heads(x_BHTE: Tensor) -> Tensor:
+    return x_BHTE.transpose(1, 2).flatten(2).contiguous()
+
+
+@_merge_heads.register_fake
+def _(x_BHTE: Tensor) -> Tensor:
+    return x_BHTE.new_empty(x_BHTE.shape[0], x_BHTE.shape[2], x_BHTE.shape[1] * x_BHTE.shape[3])
+
+
+@torch.library.custom_op("tokexport::keep_tokens", mutates_args=())
+def _keep_tokens(span_BN: Tensor, index_M: Tensor) -> Tensor:
+    return span_BN.index_select(1, index_M[: span_BN.shape[1]])
+
+
+@_keep_tokens.register_fake
+def _(span_BN: Tensor, index_M: Tensor) -> Tensor:
+    num_kept = torch.sym_min(span_BN.shape[1], index_M.shape[0])
+    return span_BN.new_empty(span_BN.shape[0], num_kept, *span_BN.shape[2:])
+
+
+def split_heads(x_BTX: Tensor, head_dim: int) -> Tensor:
+    """Return ``x_BTX``, X heads side by side, as (B, H, T, E).
+
+    An operator of its own because tracing computes the shape of a reshape from the sizes of the
+    inputs, with a dozen nodes, where ONNX says "as it is" with a constant.
+    """
+    if torch.compiler.is_exporting():
+        return _split_heads(x_BTX, head_dim)
+    return x_BTX.unflatten(2, (-1, head_dim)).transpose(1, 2)
+
+
+def merge_heads(x_BHTE: Tensor) -> Tensor:
+    """Return heads side by side again, (B, T, H x E)."""
+    if torch.compiler.is_exporting():
+        return _merge_heads(x_BHTE)
+    return x_BHTE.transpose(1, 2).flatten(2)
+
+
+def keep_tokens(span_BN: Tensor, index_M: Tensor) -> Tensor:
+    """Return the tokens ``index_M`` of ``span_BN`` (B, N) or (B, N, D), or nothing where N is 0.
+
+    An operator of its own because tracing would otherwise fix "N is more than M" into the graph,
+    and the graph could no longer be run without an image.
+    """
+    return _keep_tokens(span_BN, index_M)
+
+
+def cached_attention(query_BHTE: Tensor, key_BKCE: Tensor, value_BKCE: Tensor, length_B: Tensor) -> Tensor:
+    """Attend from the last T of ``length_B`` tokens to all of them, causally, as (B, H, T, E).
+
+    The causal mask is aligned to the lower right: query i of T sees the keys 0 .. length - T + i.
+    Entries of the cache behind ``length_B`` are never read. Grouped heads share keys as in
+    arXiv 2305.13245.
+    """
+    if torch.compiler.is_exporting():
+        return _cached_attention(query_BHTE, key_BKCE, value_BKCE, length_B)
+    return _attend(query_BHTE, key_BKCE, value_BKCE, length_B)
+
+
+def cache_update(cache_BKCE: Tensor, new_BKTE: Tensor, start_B: Tensor) -> Tensor:
+    """Return the cache with ``new_BKTE`` written at ``start_B``; outside of tracing, in place."""
+    if torch.compiler.is_exporting():
+        return _cache_update(cache_BKCE, new_BKTE, start_B)
+    return _write(cache_BKCE, new_BKTE, start_B)
+
+
+def rotary(x_BHTE: Tensor, cos_RE: Tensor, sin_RE: Tensor, position_BT: Tensor) -> Tensor:
+    """Rotate the two halves of each head by the angle of its position (RoFormer, arXiv 2104.09864).
+
+    The tables hold one row per position and half a head's width per row.
+    """
+    if torch.compiler.is_exporting():
+        return _rotary(x_BHTE, cos_RE, sin_RE, position_BT)
+    return _rotate(x_BHTE, cos_RE, sin_RE, position_BT)
+
+
+def _attend(query_BHTE: Tensor, key_BKCE: Tensor, value_BKCE: Tensor, length_B: Tensor) -> Tensor:
+    num_new = query_BHTE.shape[2]
+    is_grouped = query_BHTE.shape[1] != key_BKCE.shape[1]
+    rows: list[Tensor] = []
+    for row, length in enumerate(length_B.tolist()):
+        # One query and a first prompt need no explicit mask, which lets SDPA take its fused kernel.
+        is_first = num_new == length
+        mask = None
+        if not is_first and num_new > 1:
+            mask = torch.ones(num_new, length, dtype=torch.bool, device=query_BHTE.device).tril(length - num_new)
+        rows.append(
+            functional.scaled_dot_product_attention(
+                query_BHTE[row : row + 1],
+                key_BKCE[row : row + 1, :, :length],
+                value_BKCE[row : row + 1, :, :length],
+                attn_mask=mask,
+                is_causal=is_first and num_new > 1,
+                enable_gqa=is_grouped,
+            )
+        )
+    return torch.cat(rows) if len(rows) > 1 else rows[0]
+
+
+def _write(cache_BKCE: Tensor, new_BKTE: Tensor, start_B: Tensor) -> Tensor:
+    for row, start in enumerate(start_B.tolist()):
+        cache_BKCE[row, :, start : start + new_BKTE.shape[2]] = new_BKTE[row]
+    return cache_BKCE
+
+
+def _rotate(x_BHTE: Tensor, cos_RE: Tensor, sin_RE: Tensor, position_BT: Tensor) -> Tensor:
+    cos_B1TE, sin_B1TE = cos_RE[position_BT].unsqueeze(1), sin_RE[position_BT].unsqueeze(1)
+    low, high = x_BHTE.chunk(2, dim=-1)
+    return torch.cat((low * cos_B1TE - high * sin_B1TE, high * cos_B1TE + low * sin_B1TE), dim=-1)
+
+
+def _onnx_attention(query: Any, key: Any, value: Any, length: Any) -> Any:
+    return onnx_op.Attention(query, key, value, None, None, None, length, is_causal=1)[0]
+
+
+def _onnx_cache_update(cache: Any, new: Any, start: Any) -> Any:
+    return onnx_op.TensorScatter(cache, new, start, axis=2)
+
+
+def _onnx_rotary(x: Any, cos: Any, sin: Any, position: Any) -> Any:
+    return onnx_op.RotaryEmbedding(x, cos, sin, position)
+
+
+def _onnx_split_heads(x: Any, head_dim: int) -> Any:
+    shape = onnx_op.Constant(value_ints=[0, 0, -1, head_dim])
+    return onnx_op.Transpose(onnx_op.Reshape(x, shape), perm=[0, 2, 1, 3])
+
+
+def _onnx_merge_heads(x: Any) -> Any:
+    return onnx_op.Reshape(onnx_op.Transpose(x, perm=[0, 2, 1, 3]), onnx_op.Constant(value_ints=[0, 0, -1]))
+
+
+def _onnx_keep_tokens(span: Any, index: Any) -> Any:
+    num_present = onnx_op.Shape(span, start=1, end=2)
+    zero, axis = onnx_op.Constant(value_ints=[0]), onnx_op.Constant(value_ints=[0])
+    return onnx_op.Gather(span, onnx_op.Slice(index, zero, num_present, axis), axis=1)
+
+
+def onnx_translations() -> dict[Callable[..., Any], Callable[..., Any]]:
+    """How ``torch.onnx.export`` writes each operator: one ONNX node."""
+    return {
+        torch.ops.tokexport.cached_attention.default: _onnx_attention,
+        torch.ops.tokexport.cache_update.default: _onnx_cache_update,
+        torch.ops.tokexport.rotary.default: _onnx_rotary,
+        torch.ops.tokexport.split_heads.default: _onnx_split_heads,
+        torch.ops.tokexport.merge_heads.default: _onnx_merge_heads,
+        torch.ops.tokexport.keep_tokens.default: _onnx_keep_tokens,
+    }

@@ -1,0 +1,1 @@
+"""One file per graph rewrite; each reports how often it fired."""

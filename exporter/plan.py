@@ -1,0 +1,222 @@
+"""Static sizes: how many tokens reach which layer, and what that costs.
+
+``TokenPlan`` is the waist of tokexport. Graph shapes, cache capacities, FLOPs and the predicted
+speed-up are read from it, and none of them knows which method made it.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from itertools import groupby
+from typing import Any
+
+from tokexport.errors import RecipeError
+
+DTYPE_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
+
+
+@dataclass(frozen=True, kw_only=True)
+class VlmSpec:
+    """The sizes of a vision-language model that planning needs."""
+
+    family: str
+    num_layers: int
+    hidden_size: int
+    intermediate_size: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    vocab_size: int
+    max_positions: int
+    image_size: int
+    vision_grid: tuple[int, int]
+
+    @property
+    def num_vision_tokens(self) -> int:
+        """Vision tokens of one image when nothing is compressed."""
+        return self.vision_grid[0] * self.vision_grid[1]
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerGroup:
+    """Consecutive decoder layers that see the same number of vision tokens."""
+
+    first_layer: int
+    num_layers: int
+    vision_tokens: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenPlan:
+    """Vision tokens of one image on their way through the model.
+
+    Attributes:
+        emitted: tokens that the vision tower emits.
+        entering_llm: tokens that enter the language model.
+        per_layer: tokens that enter each decoder layer.
+        grid: rows and columns of the tokens entering the language model, None once they are no
+            longer a grid.
+    """
+
+    emitted: int
+    entering_llm: int
+    per_layer: tuple[int, ...]
+    grid: tuple[int, int] | None = None
+
+    def __post_init__(self) -> None:
+        chain = (self.emitted, self.entering_llm, *self.per_layer)
+        assert all(before >= after >= 1 for before, after in zip(chain, chain[1:], strict=False)), chain
+
+    @classmethod
+    def uncompressed(cls, spec: VlmSpec) -> "TokenPlan":
+        count = spec.num_vision_tokens
+        return cls(emitted=count, entering_llm=count, per_layer=(count,) * spec.num_layers, grid=spec.vision_grid)
+
+    def thinned_before_llm(self, keep: int, grid: tuple[int, int] | None = None) -> "TokenPlan":
+        """Return the plan with ``keep`` tokens entering the model."""
+        return replace(self, entering_llm=keep, per_layer=tuple(min(keep, n) for n in self.per_layer), grid=grid)
+
+    def thinned_before_layer(self, layer: int, keep: int) -> "TokenPlan":
+        """Return the plan with at most ``keep`` tokens from ``layer`` on."""
+        return replace(self, per_layer=tuple(min(keep, n) if i >= layer else n for i, n in enumerate(self.per_layer)))
+
+    @property
+    def groups(self) -> tuple[LayerGroup, ...]:
+        """Layers gathered by the tokens they see, in order.
+
+        The first group holds what enters the model, even where a bottleneck before layer 0 leaves
+        it without a layer, so that a group's number is the number of bottlenecks passed.
+        """
+        runs: list[LayerGroup] = []
+        if self.per_layer[0] != self.entering_llm:
+            runs.append(LayerGroup(first_layer=0, num_layers=0, vision_tokens=self.entering_llm))
+        first = 0
+        for count, layers in groupby(self.per_layer):
+            length = len(list(layers))
+            runs.append(LayerGroup(first_layer=first, num_layers=length, vision_tokens=count))
+            first += length
+        return tuple(runs)
+
+    @property
+    def group_of_layer(self) -> tuple[int, ...]:
+        """For each layer, the number of its group."""
+        return tuple(number for number, group in enumerate(self.groups) for _ in range(group.num_layers))
+
+    @property
+    def mean_vision_tokens(self) -> float:
+        """Vision tokens per layer, averaged over the layers."""
+        return sum(self.per_layer) / len(self.per_layer)
+
+
+def prefill_flops(spec: VlmSpec, plan: TokenPlan, text_tokens: int) -> int:
+    """FLOPs of the decoder's prefill of one image and ``text_tokens``, batch 1.
+
+    Twice the multiply-adds of projections, attention scores and values, and the gated MLP; vision
+    tower, head and decode are not counted.
+    """
+    query_width, kv_width = spec.num_heads * spec.head_dim, spec.num_kv_heads * spec.head_dim
+    total = 0
+    for vision_tokens in plan.per_layer:
+        n = vision_tokens + text_tokens
+        projections = 2 * n * spec.hidden_size * (query_width + kv_width)
+        attention = 2 * n * n * query_width
+        mlp = 3 * n * spec.hidden_size * spec.intermediate_size
+        total += projections + attention + mlp
+    return 2 * total
+
+
+def kv_cache_bytes(spec: VlmSpec, plan: TokenPlan, *, text_tokens: int, num_images: int, dtype: str) -> int:
+    """Bytes of a cache that holds ``num_images`` images and ``text_tokens``, batch 1."""
+    tokens = sum(num_images * n + text_tokens for n in plan.per_layer)
+    return 2 * tokens * spec.num_kv_heads * spec.head_dim * DTYPE_BYTES[dtype]
+
+
+def resolve_keep(keep: int | float, arriving: int, where: str) -> int:
+    """Turn a fraction (a float) or a token count (an int) into a token count.
+
+    Raises:
+        RecipeError: it keeps nothing, everything, or more than arrives.
+    """
+    if isinstance(keep, float) and not 0 < keep < 1:
+        raise RecipeError(f"{where} keep = {keep} must lie between 0 and 1 as a fraction; a token count is written as a whole number")
+    count = round(keep * arriving) if isinstance(keep, float) else keep
+    if count < 1:
+        raise RecipeError(f"{where} keep = {keep} leaves no vision token of {arriving}; keep at least 1")
+    if count > arriving:
+        raise RecipeError(f"{where} keep = {keep} is more than the {arriving} vision tokens that arrive; choose a smaller number")
+    if count == arriving:
+        raise RecipeError(f"{where} keep = {keep} keeps all {arriving} vision tokens that arrive and has no effect; remove it or choose a smaller number")
+    return count
+
+
+def keep_text(before: int, after: int) -> str:
+    """Say a ratio the way tokexport says it everywhere: ``576 -> 144 tokens (25 %)``."""
+    return f"{before} -> {after} tokens ({100 * after / before:.3g} %)"
+
+
+def stride_index(arriving: int, keep: int, phase: float) -> tuple[int, ...]:
+    """Return ``keep`` of ``arriving`` positions at equal distances, ascending.
+
+    Position i is floor((i + phase) * arriving / keep): phase 0 takes the first token of each
+    stretch, 0.5 its middle.
+    """
+    return tuple(int((i + phase) * arriving / keep) for i in range(keep))
+
+
+def grid_index(grid: tuple[int, int], kept: tuple[int, int], phase: float) -> tuple[int, ...]:
+    """Return the row-major positions of ``kept`` rows and columns at equal distances in ``grid``."""
+    rows = stride_index(grid[0], kept[0], phase)
+    columns = stride_index(grid[1], kept[1], phase)
+    return tuple(row * grid[1] + column for row in rows for column in columns)
+
+
+def plan_report(spec: VlmSpec, plan: TokenPlan, *, text_tokens: int, dtype: str) -> dict[str, Any]:
+    """Return what ``tokexport plan --json`` prints; its keys are a contract."""
+    full = TokenPlan.uncompressed(spec)
+
+    def compared(full_value: int, compressed_value: int) -> dict[str, int | float]:
+        reduction = 1 - compressed_value / full_value if full_value else 0.0
+        return {"full": full_value, "compressed": compressed_value, "reduction": reduction}
+
+    def kv(which: TokenPlan, text: int) -> int:
+        return kv_cache_bytes(spec, which, text_tokens=text, num_images=1, dtype=dtype)
+
+    flops = compared(prefill_flops(spec, full, text_tokens), prefill_flops(spec, plan, text_tokens))
+    return {
+        "vision_tokens": {"emitted": plan.emitted, "entering_llm": plan.entering_llm, "per_layer": list(plan.per_layer)},
+        "mean_vision_tokens": plan.mean_vision_tokens,
+        "prompt_tokens": {"text": text_tokens, "full": full.entering_llm + text_tokens, "compressed": plan.entering_llm + text_tokens},
+        "dtype": dtype,
+        "flops": flops,
+        "predicted_prefill_speedup": flops["full"] / flops["compressed"],
+        "kv_bytes": compared(kv(full, text_tokens), kv(plan, text_tokens)),
+        "kv_bytes_vision": compared(kv(full, 0), kv(plan, 0)),
+    }
+
+
+def squarest_grid(grid: tuple[int, int], arriving: tuple[int, int], keep: int) -> tuple[int, int] | None:
+    """Return rows and columns whose product is ``keep`` and whose cells on ``grid`` are nearest to squares.
+
+    None where no product fits into the ``arriving`` rows and columns.
+    """
+    fits = [(rows, keep // rows) for rows in range(1, arriving[0] + 1) if keep % rows == 0 and keep // rows <= arriving[1]]
+
+    def stretch(kept: tuple[int, int]) -> float:
+        ratio = (grid[0] / kept[0]) / (grid[1] / kept[1])
+        return max(ratio, 1 / ratio)
+
+    return min(fits, key=lambda kept: (stretch(kept), kept)) if fits else None
+
+
+def scaled_layers(layers: Sequence[int], before: int, after: int) -> tuple[int, ...]:
+    """Move layer numbers of a model of ``before`` layers to one of ``after``, in order and all different.
+
+    Raises:
+        RecipeError: the shorter model has not enough layers.
+    """
+    moved: list[int] = []
+    for layer in layers:
+        least = moved[-1] + 1 if moved else 0
+        moved.append(max(least, round(layer * after / before)))
+    if moved and moved[-1] >= after:
+        raise RecipeError(f"{len(layers)} bottlenecks do not fit into {after} layers; use at least {moved[-1] + 1} layers")
+    return tuple(moved)

@@ -1,0 +1,243 @@
+"""Reading weights tensor by tensor, whatever their names, and making random ones.
+
+Every source gives the same view: canonical names (those of ``transformers`` today), shapes, and a
+tensor on demand, so that a checkpoint never has to fit into memory.
+"""
+
+import json
+import math
+import zlib
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from tokexport.errors import CheckpointError
+
+Rename = Callable[[str], str | None]
+Shapes = Mapping[str, tuple[int, ...]]
+
+
+class Weights(ABC):
+    """A set of named tensors that are read on demand."""
+
+    @property
+    @abstractmethod
+    def shapes(self) -> Shapes:
+        """The shape of every tensor, by canonical name."""
+
+    @abstractmethod
+    def load(self, name: str) -> Tensor:
+        """Return one tensor in the precision it is stored in."""
+
+
+class SafetensorsWeights(Weights):
+    """The weights of a checkpoint directory: one ``model.safetensors`` or shards with an index.
+
+    Raises:
+        CheckpointError: no weights, missing or truncated shards, or two tensors of one canonical name.
+    """
+
+    def __init__(self, directory: Path, rename: Rename) -> None:
+        self._stored: dict[str, tuple[Any, str]] = {}
+        self._shapes: dict[str, tuple[int, ...]] = {}
+        for path in _shard_paths(directory):
+            handle = _open_shard(path)
+            for stored_name in handle.keys():
+                name = rename(stored_name)
+                if name is None:
+                    continue
+                if name in self._stored:
+                    raise CheckpointError(f"{directory} holds two tensors for {name}: {self._stored[name][1]} and {stored_name}; keep one of them")
+                self._stored[name] = (handle, stored_name)
+                self._shapes[name] = tuple(handle.get_slice(stored_name).get_shape())
+
+    @property
+    def shapes(self) -> Shapes:
+        return self._shapes
+
+    def load(self, name: str) -> Tensor:
+        handle, stored_name = self._stored[name]
+        return handle.get_tensor(stored_name)
+
+
+class RandomWeights(Weights):
+    """Seeded random weights of the given shapes; the same on every machine.
+
+    Matrices are scaled by 1 / sqrt(inputs), norms are one, so that activations neither vanish nor
+    explode however deep the model is.
+    """
+
+    def __init__(self, shapes: Shapes, seed: int) -> None:
+        self._shapes, self._seed = dict(shapes), seed
+
+    @property
+    def shapes(self) -> Shapes:
+        return self._shapes
+
+    def load(self, name: str) -> Tensor:
+        shape = self._shapes[name]
+        if "norm" in name:
+            return torch.ones(shape) if name.endswith(".weight") else torch.zeros(shape)
+        generator = torch.Generator().manual_seed(self._seed * 2**32 + zlib.crc32(name.encode()))
+        is_table = "embed_tokens" in name or len(shape) < 2
+        scale = 2.0 if is_table else 1 / math.sqrt(math.prod(shape[1:]))
+        if name.endswith(".bias"):
+            scale = 0.02
+        return torch.randn(shape, generator=generator) * scale
+
+
+@dataclass(frozen=True)
+class AdapterWeights(Weights):
+    """Weights with a LoRA adapter (arXiv 2106.09685) added: W + scaling * B A, one tensor at a time.
+
+    PEFT merges into a model that is loaded as a whole; this merges into a stream.
+    """
+
+    base: Weights
+    pairs: Mapping[str, tuple[Tensor, Tensor, float]] = field(repr=False)
+
+    @property
+    def shapes(self) -> Shapes:
+        return self.base.shapes
+
+    def load(self, name: str) -> Tensor:
+        weight = self.base.load(name)
+        if name not in self.pairs:
+            return weight
+        down_RI, up_OR, scaling = self.pairs[name]
+        return (weight.float() + scaling * (up_OR.float() @ down_RI.float())).to(weight.dtype)
+
+
+@dataclass(frozen=True)
+class TiedWeights(Weights):
+    """Weights in which the head is the token embedding."""
+
+    base: Weights
+    head: str
+    embedding: str
+
+    @property
+    def shapes(self) -> Shapes:
+        return {**self.base.shapes, self.head: self.base.shapes[self.embedding]}
+
+    def load(self, name: str) -> Tensor:
+        return self.base.load(self.embedding if name == self.head else name)
+
+
+def merge_adapter(base: Weights, directory: Path, rename: Rename) -> AdapterWeights:
+    """Return ``base`` with the LoRA adapter of ``directory`` (PEFT format) merged in.
+
+    Raises:
+        CheckpointError: not a plain LoRA adapter, or one that does not fit the model.
+    """
+    config = _read_json(directory / "adapter_config.json", f"{directory} is no PEFT adapter directory")
+    _require_plain_lora(config, directory)
+    handle = _open_shard(directory / "adapter_model.safetensors")
+    halves: dict[str, dict[str, Tensor]] = {}
+    for stored_name in handle.keys():
+        module, separator, half = stored_name.removeprefix("base_model.model.").rpartition(".lora_")
+        half = half.removesuffix(".weight")
+        if not separator or half not in ("A", "B"):
+            raise CheckpointError(f"adapter {directory} holds {stored_name}, which is no lora_A or lora_B weight; only plain LoRA adapters can be merged")
+        halves.setdefault(module, {})[half] = handle.get_tensor(stored_name)
+    pairs: dict[str, tuple[Tensor, Tensor, float]] = {}
+    for module, pair in halves.items():
+        name = rename(f"{module}.weight") or module
+        pairs[name] = (*_checked_pair(base, directory, module, name, pair), _scaling(config, module, pair))
+    return AdapterWeights(base, pairs)
+
+
+def check_shapes(weights: Weights, expected: Shapes, source: str) -> None:
+    """Compare the tensors of a checkpoint with those the model has.
+
+    Raises:
+        CheckpointError: tensors are missing, left over or of another shape; the text names them.
+    """
+    found = weights.shapes
+    missing = [name for name in expected if name not in found]
+    surplus = [name for name in found if name not in expected]
+    wrong = [f"{name} is {_shape(found[name])}, expected {_shape(shape)}" for name, shape in expected.items() if name in found and found[name] != shape]
+    faults = [
+        f"{len(names)} {kind}: {_listing(names)}"
+        for kind, names in (("missing", missing), ("not known to the model", surplus), ("of the wrong shape", wrong))
+        if names
+    ]
+    if faults:
+        raise CheckpointError(f"the weights of {source} do not fit its config.json: {'; '.join(faults)}")
+
+
+def _require_plain_lora(config: Mapping[str, Any], directory: Path) -> None:
+    if config.get("peft_type") != "LORA":
+        raise CheckpointError(f"adapter {directory} is of type {config.get('peft_type')!r}, expected LORA")
+    for option in ("use_dora", "fan_in_fan_out", "modules_to_save", "use_qalora", "lora_bias"):
+        if config.get(option):
+            raise CheckpointError(f"adapter {directory} sets {option} = {config[option]}, which cannot be merged; merge it with PEFT and export the result")
+    if config.get("bias", "none") != "none":
+        raise CheckpointError(f'adapter {directory} trains biases (bias = "{config["bias"]}"); merge it with PEFT and export the result')
+
+
+def _checked_pair(base: Weights, directory: Path, module: str, name: str, pair: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+    if name not in base.shapes:
+        raise CheckpointError(f"adapter {directory} changes {module}, which the model does not have; it was trained for another model")
+    if set(pair) != {"A", "B"}:
+        raise CheckpointError(f"adapter {directory} has only half of the LoRA pair of {module}; fetch it again")
+    made = (pair["B"].shape[0], pair["A"].shape[1])
+    if made != base.shapes[name] or pair["A"].shape[0] != pair["B"].shape[1]:
+        raise CheckpointError(f"adapter {directory} makes {_shape(made)} for {name}, expected {_shape(base.shapes[name])}; it was trained for another model")
+    return pair["A"], pair["B"]
+
+
+def _scaling(config: Mapping[str, Any], module: str, pair: Mapping[str, Tensor]) -> float:
+    patterns = config.get("alpha_pattern") or {}
+    alpha = next((value for key, value in patterns.items() if module.endswith(key)), config["lora_alpha"])
+    rank = pair["A"].shape[0]
+    return alpha / math.sqrt(rank) if config.get("use_rslora") else alpha / rank
+
+
+def _shard_paths(directory: Path) -> list[Path]:
+    index, single = directory / "model.safetensors.index.json", directory / "model.safetensors"
+    if index.is_file():
+        names = sorted(set(_read_json(index, f"{index} is damaged").get("weight_map", {}).values()))
+        missing = [name for name in names if not (directory / name).is_file()]
+        if missing or not names:
+            raise CheckpointError(f"{directory} lacks {len(missing)} of the {len(names)} shards in its index: {_listing(missing)}; fetch them again")
+        return [directory / name for name in names]
+    if single.is_file():
+        return [single]
+    if any(directory.glob("pytorch_model*.bin")):
+        raise CheckpointError(f"{directory} holds pickled weights (pytorch_model.bin), which are not read; save it again with safe_serialization=True")
+    raise CheckpointError(f"{directory} holds no model.safetensors and no model.safetensors.index.json; give a complete checkpoint, or use --weights random")
+
+
+def _open_shard(path: Path) -> Any:
+    try:
+        return safe_open(path, framework="pt")
+    except FileNotFoundError:
+        raise CheckpointError(f"{path} is missing; fetch it again") from None
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"{path} is damaged or truncated ({path.stat().st_size:,} bytes: {error}); fetch it again") from error
+
+
+def _read_json(path: Path, problem: str) -> dict[str, Any]:
+    try:
+        table = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{problem}: {path.name} cannot be read ({error})") from error
+    if not isinstance(table, dict):
+        raise CheckpointError(f"{problem}: {path.name} holds no JSON object")
+    return table
+
+
+def _shape(shape: tuple[int, ...]) -> str:
+    return " x ".join(map(str, shape)) or "a scalar"
+
+
+def _listing(names: list[str], limit: int = 5) -> str:
+    rest = f" and {len(names) - limit} more" if len(names) > limit else ""
+    return ", ".join(names[:limit]) + rest

@@ -1,0 +1,141 @@
+"""Finding recipes, reading them, and changing single values with ``--set``."""
+
+import tomllib
+from collections.abc import Mapping, Sequence
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import tomli_w
+
+from tokexport.errors import RecipeError, nearest
+from tokexport.recipes.schema import CompressTable, ExportTable, ModelTable, PlanTable, Recipe, SessionTable
+from tokexport.recipes.tables import parse_table, table_of
+
+DEFAULT_RECIPE = "mini_adsc"
+
+
+def list_recipes() -> list[str]:
+    """Return the names of the recipes that ship with tokexport."""
+    folder = resources.files("tokexport.recipes")
+    return sorted(entry.name.removesuffix(".toml") for entry in folder.iterdir() if entry.name.endswith(".toml"))
+
+
+def load_recipe(name_or_path: str, settings: Sequence[str] = ()) -> Recipe:
+    """Read a recipe by name or by path, then apply ``key=value`` settings.
+
+    Args:
+        name_or_path: the name of a recipe that ships, or the path of a TOML file.
+        settings: e.g. ``export.dtype="float16"`` or ``compress.0.phase=0.5``; values are TOML, and
+            what is not TOML is taken as a string.
+
+    Raises:
+        RecipeError: no such recipe, not TOML, an unknown key or a wrong value.
+    """
+    name, table = _read(name_or_path)
+    table = _inherit(name, table, seen=(name,))
+    for setting in settings:
+        table = _set(table, setting)
+    return parse_recipe(name, table)
+
+
+def parse_recipe(name: str, table: Mapping[str, Any]) -> Recipe:
+    """Make a recipe from its tables."""
+    sections = {"model": ModelTable, "export": ExportTable, "session": SessionTable, "plan": PlanTable}
+    known = ["name", "description", "compress", *sections]
+    for key in table:
+        if key not in known:
+            raise RecipeError(f"recipe {name} has no table {key!r}{nearest(key, known)}")
+    if "model" not in table:
+        raise RecipeError(f"recipe {name} needs a table [model] with family and checkpoint")
+    parsed = {key: parse_table(cls, table.get(key, {}), f"[{key}]") for key, cls in sections.items()}
+    return Recipe(
+        name=str(table.get("name", name)),
+        description=str(table.get("description", "")),
+        compress=_parse_compress(table.get("compress", [])),
+        **parsed,
+    )
+
+
+def recipe_toml(recipe: Recipe) -> str:
+    """Write a recipe as TOML with every default filled in."""
+    table = table_of(recipe)
+    table["compress"] = [{"method": step.method, **table_of(step.options)} for step in recipe.compress]
+    return tomli_w.dumps(table)
+
+
+def _parse_compress(steps: object) -> tuple[CompressTable, ...]:
+    if not isinstance(steps, list):
+        raise RecipeError("compress must be an array of tables; write [[compress]] with two pairs of brackets")
+    parsed: list[CompressTable] = []
+    for index, step in enumerate(steps):
+        if not isinstance(step, Mapping) or not isinstance(step.get("method"), str):
+            raise RecipeError(f'[[compress]] number {index} needs a method, e.g. method = "adsc"')
+        options = {key: value for key, value in step.items() if key != "method"}
+        parsed.append(CompressTable(method=step["method"], options=options))
+    return tuple(parsed)
+
+
+def _read(name_or_path: str) -> tuple[str, dict[str, Any]]:
+    path = Path(name_or_path)
+    if path.suffix == ".toml" or path.parent != Path():
+        if not path.is_file():
+            raise RecipeError(f"there is no recipe file {name_or_path}; give a path that exists, or a name from 'tokexport list'")
+        return path.stem, _loads(path.read_bytes(), name_or_path)
+    if name_or_path not in list_recipes():
+        raise RecipeError(f"there is no recipe {name_or_path!r}{nearest(name_or_path, list_recipes())}")
+    return name_or_path, _loads((resources.files("tokexport.recipes") / f"{name_or_path}.toml").read_bytes(), name_or_path)
+
+
+def _loads(content: bytes, where: str) -> dict[str, Any]:
+    try:
+        return tomllib.loads(content.decode())
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise RecipeError(f"recipe {where} is not valid TOML: {error}") from error
+
+
+def _inherit(name: str, table: dict[str, Any], seen: tuple[str, ...]) -> dict[str, Any]:
+    base_name = table.pop("extends", None)
+    if base_name is None:
+        return table
+    if base_name in seen:
+        raise RecipeError(f"recipe {name} extends itself: {' -> '.join((*seen, base_name))}")
+    base_name, base = _read(str(base_name))
+    return _merge(_inherit(base_name, base, (*seen, base_name)), table)
+
+
+def _merge(base: Mapping[str, Any], change: Mapping[str, Any]) -> dict[str, Any]:
+    merged = dict(base)
+    for key, value in change.items():
+        old = merged.get(key)
+        merged[key] = _merge(old, value) if isinstance(old, Mapping) and isinstance(value, Mapping) else value
+    return merged
+
+
+def _set(table: dict[str, Any], setting: str) -> dict[str, Any]:
+    path, separator, text = setting.partition("=")
+    if not separator or not path.strip():
+        raise RecipeError(f"--set {setting} must look like key=value, e.g. export.dtype=float16")
+    keys = path.strip().split(".")
+    return _replaced(table, keys, _toml_value(text.strip()), path.strip())
+
+
+def _replaced(node: Any, keys: Sequence[str], value: object, path: str) -> Any:
+    """Return ``node`` with the value at ``keys`` replaced, sharing nothing with the original."""
+    if not keys:
+        return value
+    head, rest = keys[0], keys[1:]
+    if isinstance(node, list):
+        if not head.isdecimal() or int(head) >= len(node):
+            raise RecipeError(f"--set {path}: {head!r} is no index of a list with {len(node)} entries (counted from 0)")
+        return [_replaced(old, rest, value, path) if at == int(head) else old for at, old in enumerate(node)]
+    if isinstance(node, Mapping):
+        return {**node, head: _replaced(node.get(head, {}), rest, value, path)}
+    raise RecipeError(f"--set {path}: {head!r} lies below the plain value {node!r}")
+
+
+def _toml_value(text: str) -> object:
+    try:
+        return tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        return text

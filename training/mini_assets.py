@@ -1,0 +1,128 @@
+"""Makes the configuration, tokenizer and processor of the bundled mini model.
+
+Run ``python -m tokexport.training.mini_assets`` to write them again; the result is the same every time.
+"""
+
+from pathlib import Path
+
+import tokexport.recipes
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from transformers import CLIPImageProcessorPil, LlavaConfig, LlavaProcessor, PreTrainedTokenizerFast
+
+VOCABULARY = 512
+SPECIAL_TOKENS = ["<unk>", "<s>", "</s>", "<pad>", "<image>"]
+
+CHAT_TEMPLATE = (
+    "{% for message in messages %}"
+    "{{ message['role'].upper() + ':' }}"
+    "{% for part in message['content'] if part['type'] == 'image' %}{{ ' <image>\n' }}{% endfor %}"
+    "{% for part in message['content'] if part['type'] == 'text' %}{{ ' ' + part['text'] | trim }}{% endfor %}"
+    "{{ '</s>' if message['role'] == 'assistant' else '\n' }}"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}{{ 'ASSISTANT:' }}{% endif %}"
+)
+
+_SHAPES = "circle square triangle star cross ring diamond heart hexagon arrow".split()
+_COLOURS = "red green blue yellow orange purple white black grey pink brown cyan".split()
+_PLACES = "top bottom left right middle corner centre edge row column upper lower".split()
+_FRAMES = [
+    "What is the {colour} {shape} at the {place}?",
+    "What colour is the {shape} in the {place} {place2}?",
+    "How many {colour} {shape}s are there?",
+    "Is there a {colour} {shape} to the {place} of the {colour2} {shape2}? yes no",
+    "Which letter is written in the {place} of the image? Which digit is in the {place2} row?",
+    "Are there more {colour} {shape}s than {colour2} {shape2}s? more fewer the same number",
+    "Describe the image. The background is {colour} and there are several objects in it.",
+    "Where is the {colour} {shape}? It is above below beside between the {colour2} {shape2}.",
+    "USER: ASSISTANT: zero one two three four five six seven eight nine ten none nothing",
+]
+
+
+def corpus() -> list[str]:
+    """Return the sentences that the tokenizer learns its merges from."""
+    count = len(_SHAPES) * len(_COLOURS)
+    return [
+        frame.format(
+            shape=_SHAPES[i % len(_SHAPES)],
+            shape2=_SHAPES[(i * 3 + 1) % len(_SHAPES)],
+            colour=_COLOURS[i % len(_COLOURS)],
+            colour2=_COLOURS[(i * 5 + 2) % len(_COLOURS)],
+            place=_PLACES[i % len(_PLACES)],
+            place2=_PLACES[(i * 7 + 3) % len(_PLACES)],
+        )
+        for i in range(count)
+        for frame in _FRAMES
+    ]
+
+
+def make_tokenizer() -> PreTrainedTokenizerFast:
+    """Train a byte-level BPE, so that any text can be encoded and decoded without loss."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=VOCABULARY,
+        special_tokens=SPECIAL_TOKENS,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(corpus(), trainer)
+    tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        unk_token="<unk>",
+        bos_token="<s>",
+        eos_token="</s>",
+        pad_token="<pad>",
+        extra_special_tokens={"image_token": "<image>"},
+    )
+
+
+def make_config() -> LlavaConfig:
+    """Return LLaVA-1.5's architecture with 7.7 million parameters."""
+    return LlavaConfig(
+        vision_config={
+            "model_type": "clip_vision_model",
+            "hidden_size": 128,
+            "intermediate_size": 512,
+            "num_hidden_layers": 6,
+            "num_attention_heads": 4,
+            "image_size": 336,
+            "patch_size": 14,
+            "projection_dim": 128,
+        },
+        text_config={
+            "model_type": "llama",
+            "vocab_size": VOCABULARY,
+            "hidden_size": 256,
+            "intermediate_size": 640,
+            "num_hidden_layers": 8,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 4,
+            "head_dim": 64,
+            "max_position_embeddings": 4096,
+            "rms_norm_eps": 1e-5,
+            "bos_token_id": 1,
+            "eos_token_id": 2,
+            "pad_token_id": 3,
+        },
+        image_token_index=SPECIAL_TOKENS.index("<image>"),
+        image_seq_length=576,
+    )
+
+
+def write(folder: Path) -> None:
+    """Write everything but the weights to ``folder``."""
+    LlavaProcessor(
+        image_processor=CLIPImageProcessorPil(size={"shortest_edge": 336}, crop_size={"height": 336, "width": 336}),
+        tokenizer=make_tokenizer(),
+        patch_size=14,
+        vision_feature_select_strategy="default",
+        chat_template=CHAT_TEMPLATE,
+        num_additional_image_tokens=1,
+    ).save_pretrained(folder)
+    make_config().save_pretrained(folder)
+
+
+if __name__ == "__main__":
+    write(Path(tokexport.recipes.__path__[0]) / "models" / "mini")
