@@ -125,6 +125,17 @@ class Backend(ABC):
     is_compressed = True
     """Whether sessions compute with the artefact's plan, or always with all tokens."""
 
+    dtypes: tuple[str, ...] = ("float32", "float16", "bfloat16")
+    """Precisions of graphs that it runs."""
+
+    def require(self, dtype: str) -> None:
+        """Raise ``BackendUnavailableError`` if graphs in ``dtype`` cannot be run."""
+        if dtype not in self.dtypes:
+            raise BackendUnavailableError(
+                f"{type(self).__name__} does not run graphs in {dtype}, only in {' and '.join(self.dtypes)}; choose "
+                "one of these with --dtype, or write the graphs without running them: tokexport export"
+            )
+
     @abstractmethod
     def open(self, bundle: Bundle, options: SessionOptions) -> Session:
         """Open an artefact.
@@ -150,7 +161,11 @@ def load_backend(name: str) -> Backend:
     if name not in list_backends():
         raise BackendUnavailableError(f"there is no backend {name!r}{nearest(name, list_backends())}")
     module = importlib.import_module(f"tokexport.engines.backends.{name.replace('-', '_')}")
-    found = [item for item in vars(module).values() if isinstance(item, type) and issubclass(item, Backend) and item.__module__ == module.__name__]
+    found = [
+        item
+        for item in vars(module).values()
+        if isinstance(item, type) and issubclass(item, Backend) and item.__module__ == module.__name__
+    ]
     assert len(found) == 1, f"{module.__name__} must define one Backend, not {found}"
     return found[0]()
 

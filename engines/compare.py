@@ -73,8 +73,16 @@ def compare_tensors(
         note = "not every value is finite"
     if note:
         return Check(
-            step=step, name=name, passed=False, max_abs_diff=float("inf"), cosine=0.0, norm_ratio=0.0, tolerance=bound,
-            graph=graph, layer=layer, note=note,
+            step=step,
+            name=name,
+            passed=False,
+            max_abs_diff=float("inf"),
+            cosine=0.0,
+            norm_ratio=0.0,
+            tolerance=bound,
+            graph=graph,
+            layer=layer,
+            note=note,
         )
     a, b = found.astype(np.float64).ravel(), expected.astype(np.float64).ravel()
     difference = np.abs(a - b)
@@ -95,7 +103,13 @@ def compare_tensors(
 
 
 def compare_choices(
-    name: str, found_QW: NDArray[np.float32], expected_QW: NDArray[np.float32], tolerance: Tolerance, *, step: str = "", graph: str = ""
+    name: str,
+    found_QW: NDArray[np.float32],
+    expected_QW: NDArray[np.float32],
+    tolerance: Tolerance,
+    *,
+    step: str = "",
+    graph: str = "",
 ) -> Check:
     """Compare the tokens that greedy decoding takes.
 
@@ -104,7 +118,13 @@ def compare_choices(
     """
     if found_QW.shape != expected_QW.shape:
         return Check(
-            step=step, name=name, passed=False, max_abs_diff=float("inf"), cosine=0.0, tolerance=0.0, graph=graph,
+            step=step,
+            name=name,
+            passed=False,
+            max_abs_diff=float("inf"),
+            cosine=0.0,
+            tolerance=0.0,
+            graph=graph,
             note=f"shape {found_QW.shape}, expected {expected_QW.shape}",
         )
     rows = np.arange(len(found_QW))
@@ -114,16 +134,37 @@ def compare_choices(
     ties = int((differs & (margin <= 2 * tolerance.bound(expected_QW))).sum())
     wrong = int(differs.sum()) - ties
     return Check(
-        step=step, name=name, passed=wrong == 0, max_abs_diff=float(wrong), cosine=float(wrong == 0), tolerance=0.0,
-        graph=graph, note=f"{ties} near-ties" if ties else "",
+        step=step,
+        name=name,
+        passed=wrong == 0,
+        max_abs_diff=float(wrong),
+        cosine=float(wrong == 0),
+        tolerance=0.0,
+        graph=graph,
+        note=f"{ties} near-ties" if ties else "",
     )
 
 
-def compare_indices(name: str, found: NDArray[np.generic], expected: NDArray[np.generic], *, step: str = "", graph: str = "", layer: int | None = None) -> Check:
+def compare_indices(
+    name: str,
+    found: NDArray[np.generic],
+    expected: NDArray[np.generic],
+    *,
+    step: str = "",
+    graph: str = "",
+    layer: int | None = None,
+) -> Check:
     """Compare kept-token indices, which must be equal."""
     same = found.shape == expected.shape and bool((found == expected).all())
     wrong = 0.0 if same else float("inf") if found.shape != expected.shape else float((found != expected).sum())
     return Check(
-        step=step, name=name, passed=same, max_abs_diff=wrong, cosine=float(same), tolerance=0.0, graph=graph, layer=layer,
+        step=step,
+        name=name,
+        passed=same,
+        max_abs_diff=wrong,
+        cosine=float(same),
+        tolerance=0.0,
+        graph=graph,
+        layer=layer,
         note="" if same else f"{found.size} kept, expected {expected.size}",
     )

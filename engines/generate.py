@@ -3,13 +3,11 @@
 P text tokens before an image, V vision tokens, S text tokens after it, Q logits, W vocabulary
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
-from transformers import LogitsProcessorList, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
 from tokexport.engines.backend import Array, DecoderStep, Session
 from tokexport.errors import InputError
@@ -46,25 +44,34 @@ class Sampling:
 
 
 class Sampler:
-    """Chooses tokens, with the warpers of ``transformers``."""
+    """Chooses the next token from logits (W,)."""
 
     def __init__(self, sampling: Sampling) -> None:
-        self._is_greedy = sampling.temperature == 0
-        self._generator = torch.Generator().manual_seed(sampling.seed)
-        self._warpers = LogitsProcessorList()
-        if not self._is_greedy:
-            self._warpers.append(TemperatureLogitsWarper(sampling.temperature))
-        if sampling.top_k:
-            self._warpers.append(TopKLogitsWarper(sampling.top_k))
-        if sampling.top_p < 1:
-            self._warpers.append(TopPLogitsWarper(sampling.top_p))
+        self._draw = None if sampling.temperature == 0 else _drawer(sampling)
 
     def __call__(self, logits_W: NDArray[np.float32]) -> int:
-        if self._is_greedy:
-            return int(logits_W.argmax())
-        none: torch.LongTensor = torch.empty(1, 0, dtype=torch.long)  # type: ignore[assignment]
-        scores_1W = self._warpers(none, torch.from_numpy(logits_W)[None].float())  # type: ignore[arg-type]
-        return int(torch.multinomial(scores_1W.softmax(-1), 1, generator=self._generator))
+        return int(logits_W.argmax()) if self._draw is None else self._draw(logits_W)
+
+
+def _drawer(sampling: Sampling) -> Callable[[NDArray[np.float32]], int]:
+    """Return a seeded draw behind the warpers of ``transformers``."""
+    # Greedy runs, and so the measured memory of an engine, do without these two.
+    import torch
+    from transformers import LogitsProcessorList, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
+
+    generator = torch.Generator().manual_seed(sampling.seed)
+    warpers = LogitsProcessorList([TemperatureLogitsWarper(sampling.temperature)])
+    if sampling.top_k:
+        warpers.append(TopKLogitsWarper(sampling.top_k))
+    if sampling.top_p < 1:
+        warpers.append(TopPLogitsWarper(sampling.top_p))
+
+    def draw(logits_W: NDArray[np.float32]) -> int:
+        no_tokens = torch.empty(1, 0, dtype=torch.long)
+        scores_1W = warpers(no_tokens, torch.from_numpy(logits_W)[None].float())  # pyright: ignore[reportArgumentType]
+        return int(torch.multinomial(scores_1W.softmax(-1), 1, generator=generator))
+
+    return draw
 
 
 class Conversation:
@@ -85,7 +92,9 @@ class Conversation:
         """Tokens in the cache of each layer group."""
         return tuple(self.text_tokens + self.num_images * group.vision_tokens for group in self.session.plan.groups)
 
-    def feed(self, token_ids: Sequence[int], images: Sequence[Array] = (), *, all_logits: bool = False) -> NDArray[np.float32]:
+    def feed(
+        self, token_ids: Sequence[int], images: Sequence[Array] = (), *, all_logits: bool = False
+    ) -> NDArray[np.float32]:
         """Run new tokens through the model.
 
         Args:
@@ -101,11 +110,14 @@ class Conversation:
         """
         self._check(token_ids, images)
         logits = [
-            self._step(prefix, image, suffix, all_logits=all_logits) for prefix, image, suffix in _spans(token_ids, images)
+            self._step(prefix, image, suffix, all_logits=all_logits)
+            for prefix, image, suffix in _spans(token_ids, images)
         ]
         return np.concatenate(logits) if all_logits else logits[-1]
 
-    def answer(self, logits_QW: NDArray[np.float32], sampler: Sampler, *, max_new_tokens: int, stop_ids: Sequence[int]) -> Iterator[int]:
+    def answer(
+        self, logits_QW: NDArray[np.float32], sampler: Sampler, *, max_new_tokens: int, stop_ids: Sequence[int]
+    ) -> Iterator[int]:
         """Yield the tokens of an answer, from the logits behind the prompt until a stop token.
 
         The stop token is neither yielded nor put into the cache.
@@ -130,7 +142,9 @@ class Conversation:
         by_position = self.session.spec.max_positions - self._position
         return min(self.session.options.max_text_tokens - self.text_tokens, by_position)
 
-    def _step(self, prefix: Sequence[int], image: Array | None, suffix: Sequence[int], *, all_logits: bool) -> NDArray[np.float32]:
+    def _step(
+        self, prefix: Sequence[int], image: Array | None, suffix: Sequence[int], *, all_logits: bool
+    ) -> NDArray[np.float32]:
         session = self.session
         prefix_embeds, suffix_embeds = self._embed(prefix), self._embed(suffix)
         features = prefix_embeds[:, :0] if image is None else image
@@ -166,7 +180,8 @@ class Conversation:
             raise InputError(f"the prompt has {markers} places for images and {len(images)} images were given")
         if self.num_images + markers > session.options.max_images:
             raise InputError(
-                f"{self.num_images + markers} images do not fit into a cache for {session.options.max_images}; raise --max-images"
+                f"{self.num_images + markers} images do not fit into a cache for "
+                f"{session.options.max_images}; raise --max-images"
             )
         if self.text_tokens + num_text > session.options.max_text_tokens:
             raise InputError(
@@ -175,13 +190,21 @@ class Conversation:
             )
         end = self._position + num_text + markers * session.plan.entering_llm
         if end > session.spec.max_positions:
-            raise InputError(f"the conversation would reach position {end} and the model has {session.spec.max_positions}; shorten it")
+            raise InputError(
+                f"the conversation would reach position {end} and the model has "
+                f"{session.spec.max_positions}; shorten it"
+            )
         bad = [token for token in token_ids if token != IMAGE and not 0 <= token < session.spec.vocab_size]
         if bad:
-            raise InputError(f"token id {bad[0]} is outside the model's vocabulary of {session.spec.vocab_size}; the tokenizer is another model's")
+            raise InputError(
+                f"token id {bad[0]} is outside the model's vocabulary of {session.spec.vocab_size}; the "
+                "tokenizer is another model's"
+            )
 
 
-def _spans(token_ids: Sequence[int], images: Sequence[Array]) -> list[tuple[Sequence[int], Array | None, Sequence[int]]]:
+def _spans(
+    token_ids: Sequence[int], images: Sequence[Array]
+) -> list[tuple[Sequence[int], Array | None, Sequence[int]]]:
     """Cut a prompt into decoder calls of at most one image each; the first takes the text before it too."""
     places = [index for index, token in enumerate(token_ids) if token == IMAGE]
     if not places:

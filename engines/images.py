@@ -34,7 +34,9 @@ def load_image(path: Path) -> Image.Image:
     except IsADirectoryError:
         raise InputError(f"{path} is a directory; give the path of an image file") from None
     except UnidentifiedImageError:
-        raise InputError(f"{path} is no image that can be read; give a PNG, JPEG, WebP or another common format") from None
+        raise InputError(
+            f"{path} is no image that can be read; give a PNG, JPEG, WebP or another common format"
+        ) from None
     except Image.DecompressionBombError:
         raise InputError(f"{path} has more than {_MAX_PIXELS:,} pixels; scale it down first") from None
     except (OSError, SyntaxError, ValueError) as error:

@@ -51,7 +51,12 @@ class Vlm:
         self.session: Session = open_session(bundle, backend, options)
 
     def generate(
-        self, prompt: str, images: Sequence[ImageLike] = (), *, max_new_tokens: int = 64, sampling: Sampling | None = None
+        self,
+        prompt: str,
+        images: Sequence[ImageLike] = (),
+        *,
+        max_new_tokens: int = 64,
+        sampling: Sampling | None = None,
     ) -> Answer:
         """Answer one question about images.
 
@@ -100,7 +105,9 @@ class Chat:
         try:
             token_ids = self._dialogue.ask(prompt, len(images))
             features = vlm.session.encode_images(pixels) if pixels is not None else None
-            logits = self._conversation.feed(token_ids, [] if features is None else [features[i : i + 1] for i in range(len(images))])
+            logits = self._conversation.feed(
+                token_ids, [] if features is None else [features[i : i + 1] for i in range(len(images))]
+            )
         except InputError:
             del self._dialogue.messages[said:]
             self._dialogue.read_text = read

@@ -13,7 +13,7 @@ chosen the same at every step, its greedy answers are the same.
 import json
 import shutil
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -24,17 +24,20 @@ import torch
 from numpy.typing import NDArray
 
 from tokexport.engines.backend import Session, SessionOptions, load_backend
-from tokexport.engines.backends.torch_eager import TorchSession, source_design
+from tokexport.engines.backends.torch_eager import TorchSession
 from tokexport.engines.backends.transformers import TransformersSession
 from tokexport.engines.compare import Check, compare_choices, compare_indices, compare_tensors, load_tolerances
 from tokexport.engines.generate import IMAGE, Conversation
+from tokexport.engines.source import source_design
 from tokexport.errors import ParityError
 from tokexport.exporter.bundle import Bundle, library_versions
 from tokexport.exporter.export import Design
-from tokexport.exporter.graph_io import node_scope
+from tokexport.exporter.graph_io import GraphName, node_scope
 from tokexport.exporter.plan import TokenPlan
 
 NEW_TOKENS = 32
+_VISION: GraphName = "vision_encoder"
+_DECODER: GraphName = "decoder_model_merged"
 _TURNS: tuple[tuple[int, bool, int], ...] = ((14, True, 12), (9, True, 11), (0, False, 13))
 """For each turn: text tokens before the image, whether there is one, text tokens behind."""
 
@@ -95,7 +98,12 @@ class Verification:
 
 
 def verify(
-    bundle: Bundle, backend: str, options: SessionOptions, *, repro: Path | None = None, progress: Progress = lambda _: None
+    bundle: Bundle,
+    backend: str,
+    options: SessionOptions,
+    *,
+    repro: Path | None = None,
+    progress: Progress = lambda _: None,
 ) -> Verification:
     """Climb the ladder up to ``backend``.
 
@@ -154,7 +162,9 @@ def make_probe(made: Design) -> Probe:
     def text(count: int) -> list[int]:
         return [int(token) for token in generator.choice(words, count)]
 
-    prompts = tuple((*text(before), *([IMAGE] if has_image else []), *text(after)) for before, has_image, after in _TURNS)
+    prompts = tuple(
+        (*text(before), *([IMAGE] if has_image else []), *text(after)) for before, has_image, after in _TURNS
+    )
     return Probe(pixel_values, prompts)
 
 
@@ -187,23 +197,53 @@ class _Ladder:
         self._probe, self._bundle, self._repro = probe, bundle, repro
         self._tolerances = load_tolerances(dtype)
 
-    def climb(self, step: str, session: Session, expected: Transcript, *, taps: dict[str, NDArray[np.float32]] | None) -> Transcript:
+    def climb(
+        self, step: str, session: Session, expected: Transcript, *, taps: dict[str, NDArray[np.float32]] | None
+    ) -> Transcript:
         """Compare a session with what is expected, and return what it answered to the same tokens."""
         found = record(session, self._probe, expected.answers)
         checks = [] if taps is None else self._vision_checks(step, taps)
         checks.append(
-            compare_tensors("image features", found.features, expected.features, self._tolerances["image_features"], step=step, graph="vision_encoder")
+            compare_tensors(
+                "image features",
+                found.features,
+                expected.features,
+                self._tolerances["image_features"],
+                step=step,
+                graph=_VISION,
+            )
         )
         for turn, (a, b) in enumerate(zip(found.logits, expected.logits, strict=True), start=1):
-            where = {"step": step, "graph": "decoder_model_merged"}
-            checks.append(compare_tensors(f"logits, turn {turn}", a, b, self._tolerances["logits"], **where))
-            checks.append(compare_choices(f"greedy tokens, turn {turn}", a[-NEW_TOKENS - 1 : -1], b[-NEW_TOKENS - 1 : -1], self._tolerances["logits"], **where))
+            tolerance = self._tolerances["logits"]
+            checks.append(compare_tensors(f"logits, turn {turn}", a, b, tolerance, step=step, graph=_DECODER))
+            checks.append(
+                compare_choices(
+                    f"greedy tokens, turn {turn}",
+                    a[-NEW_TOKENS - 1 : -1],
+                    b[-NEW_TOKENS - 1 : -1],
+                    tolerance,
+                    step=step,
+                    graph=_DECODER,
+                )
+            )
         for layer, (pair_a, pair_b) in enumerate(zip(found.cache, expected.cache, strict=True)):
             for name, a, b in zip(("keys", "values"), pair_a, pair_b, strict=True):
                 checks.append(
-                    compare_tensors(f"{name}, layer {layer}", a, b, self._tolerances["cache"], step=step, graph="decoder_model_merged", layer=layer)
+                    compare_tensors(
+                        f"{name}, layer {layer}",
+                        a,
+                        b,
+                        self._tolerances["cache"],
+                        step=step,
+                        graph=_DECODER,
+                        layer=layer,
+                    )
                 )
-        if self._repro is not None and all(check.passed for check in self.checks) and not all(check.passed for check in checks):
+        if (
+            self._repro is not None
+            and all(check.passed for check in self.checks)
+            and not all(check.passed for check in checks)
+        ):
             _write_repro(self._repro, self._bundle, self._probe, expected, found, checks)
         self.checks += checks
         return found
@@ -213,7 +253,12 @@ class _Ladder:
         found = _graph_taps(self._bundle, self._probe, list(expected))
         return [
             compare_tensors(
-                name, found[name], values, self._tolerances["image_features"], step=step, graph="vision_encoder",
+                name,
+                found[name],
+                values,
+                self._tolerances["image_features"],
+                step=step,
+                graph=_VISION,
                 layer=int(name.rpartition("layers.")[2]) if "layers." in name else None,
             )
             for name, values in expected.items()
@@ -234,7 +279,12 @@ def _whole_model_check(session: TransformersSession, probe: Probe, expected: Tra
         logits = session.model(input_ids=torch.tensor([ids]), pixel_values=pixel_values).logits[0].float().numpy()
     stepwise = np.concatenate(expected.logits)
     return compare_tensors(
-        "logits, one call of the whole model", stepwise, logits, load_tolerances(dtype)["logits"], step="transformers step by step", graph="decoder_model_merged"
+        "logits, one call of the whole model",
+        stepwise,
+        logits,
+        load_tolerances(dtype)["logits"],
+        step="transformers step by step",
+        graph=_DECODER,
     )
 
 
@@ -242,15 +292,15 @@ def _index_checks(bundle: Bundle, made: Design) -> list[Check]:
     """Compare the constant indices of the graphs' gathers with those of the recipe's methods."""
     checks: list[Check] = []
     modules = made.modules()
-    for graph in ("vision_encoder", "decoder_model_merged"):
+    for graph in (_VISION, _DECODER):
         initializers = ir.load(bundle.graph_path(graph)).graph.initializers
         for name, index in modules[graph].named_buffers():
             if not name.endswith("index_M"):
                 continue
             stored = initializers[name].const_value if name in initializers else None
             found = np.empty(0, np.int64) if stored is None else stored.numpy()
-            where = {"step": "reference vs ort-portable", "graph": graph}
-            checks.append(compare_indices(f"kept tokens, {name.removesuffix('.index_M')}", found, index.numpy(), **where))
+            what = f"kept tokens, {name.removesuffix('.index_M')}"
+            checks.append(compare_indices(what, found, index.numpy(), step="reference vs ort-portable", graph=graph))
     return checks
 
 
@@ -275,20 +325,30 @@ def _graph_taps(bundle: Bundle, probe: Probe, modules: Sequence[str]) -> dict[st
     return {module: np.asarray(output, np.float32) for module, output in zip(last, outputs, strict=True)}
 
 
-def _write_repro(folder: Path, bundle: Bundle, probe: Probe, expected: Transcript, found: Transcript, checks: Sequence[Check]) -> None:
+def _write_repro(
+    folder: Path, bundle: Bundle, probe: Probe, expected: Transcript, found: Transcript, checks: Sequence[Check]
+) -> None:
     """Leave inputs, both outputs and the checks of the first rung that failed."""
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     prompts = {f"prompt_{turn}": np.array(prompt) for turn, prompt in enumerate(probe.prompts, start=1)}
     answers = {f"answer_{turn}": np.array(answer) for turn, answer in enumerate(expected.answers, start=1)}
-    np.savez_compressed(folder / "inputs.npz", pixel_values=probe.pixel_values, **prompts, **answers)
+    _save_arrays(folder / "inputs.npz", {"pixel_values": probe.pixel_values, **prompts, **answers})
     for name, transcript in (("expected", expected), ("found", found)):
         logits = {f"logits_{turn}": values for turn, values in enumerate(transcript.logits, start=1)}
-        cache = {f"{half}_{layer}": pair[i] for layer, pair in enumerate(transcript.cache) for i, half in enumerate(("key", "value"))}
-        np.savez_compressed(folder / f"{name}.npz", image_features=transcript.features, **logits, **cache)
+        cache = {
+            f"{half}_{layer}": pair[i]
+            for layer, pair in enumerate(transcript.cache)
+            for i, half in enumerate(("key", "value"))
+        }
+        _save_arrays(folder / f"{name}.npz", {"image_features": transcript.features, **logits, **cache})
     shutil.copyfile(bundle.path / "recipe.toml", folder / "recipe.toml")
     document = {"versions": library_versions(), "checks": [_finite(asdict(check)) for check in checks]}
     (folder / "checks.json").write_text(json.dumps(document, indent=2) + "\n")
+
+
+def _save_arrays(path: Path, arrays: Mapping[str, NDArray[np.generic]]) -> None:
+    np.savez_compressed(path, allow_pickle=False, **arrays)  # pyright: ignore[reportArgumentType]
 
 
 def failure_text(verification: Verification, repro: Path | None) -> str:

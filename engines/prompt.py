@@ -32,7 +32,10 @@ class PromptProcessor:
                 self._processor: Any = LlavaProcessor.from_pretrained(directory)
         except (OSError, ValueError, KeyError, TypeError) as error:
             reason = str(error).partition("\n")[0]
-            raise BundleError(f"{directory} has no usable tokenizer and image processor ({reason}); build it from a checkpoint that has them") from error
+            raise BundleError(
+                f"{directory} has no usable tokenizer and image processor ({reason}); build it from a "
+                "checkpoint that has them"
+            ) from error
         self._tokenizer = self._processor.tokenizer
         self._image_token: str = self._processor.image_token
         self._image_token_id: int = self._tokenizer.convert_tokens_to_ids(self._image_token)
@@ -45,7 +48,9 @@ class PromptProcessor:
 
     def pixels(self, images: Sequence[Image.Image]) -> NDArray[np.float32]:
         """Return RGB images as pixel values (N, 3, height, width)."""
-        return np.asarray(self._processor.image_processor(images=list(images), return_tensors="np")["pixel_values"], np.float32)
+        return np.asarray(
+            self._processor.image_processor(images=list(images), return_tensors="np")["pixel_values"], np.float32
+        )
 
     def encode(self, text: str, *, is_start: bool) -> list[int]:
         """Return token ids, ``IMAGE`` for every image token; a start gets the tokenizer's first token."""
@@ -59,7 +64,10 @@ class PromptProcessor:
             BundleError: the checkpoint has none.
         """
         if not self._processor.chat_template:
-            raise BundleError("the checkpoint has no chat template, so prompts cannot be laid out; add chat_template.jinja to it and build again")
+            raise BundleError(
+                "the checkpoint has no chat template, so prompts cannot be laid out; add "
+                "chat_template.jinja to it and build again"
+            )
         return self._processor.apply_chat_template(list(messages), add_generation_prompt=is_answer_next, tokenize=False)
 
     def stream_text(self, tokens: Iterator[int]) -> Iterator[str]:
@@ -80,7 +88,10 @@ class PromptProcessor:
         if not text.strip():
             raise InputError("the prompt is empty; ask something")
         if self._image_token in text:
-            raise InputError(f"the prompt holds {self._image_token}, the place of an image; leave it out, images are placed before the text")
+            raise InputError(
+                f"the prompt holds {self._image_token}, the place of an image; leave it out, images are "
+                "placed before the text"
+            )
         return {"role": "user", "content": [{"type": "image"}] * num_images + [{"type": "text", "text": text}]}
 
 
@@ -120,5 +131,8 @@ def _behind(rendered: str, read: str) -> str:
         InputError: the template changes earlier turns when later ones are added.
     """
     if not rendered.startswith(read):
-        raise InputError("the chat template rewrites earlier turns, so they cannot be kept in the cache; start a new conversation for every question")
+        raise InputError(
+            "the chat template rewrites earlier turns, so they cannot be kept in the cache; start a new "
+            "conversation for every question"
+        )
     return rendered[len(read) :]

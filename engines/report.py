@@ -4,29 +4,21 @@
 not checked is said to be so, and a method that loses to its control is named at the top.
 """
 
-import io
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import groupby
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
+from tokexport.engines.report_plots import GainBar, LayerRun, TimeBar, draw_gains, draw_times, draw_tokens
 from tokexport.errors import BundleError
 from tokexport.exporter.bundle import Bundle
 
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-
-_DASH = "–"
-_MAX_LABEL = 28
-_MAX_LABELLED_RUNS = 12
-# Placeholders that no drawing uses otherwise; the SVG gets the page's CSS colour of that name instead,
-# so that one drawing reads well on light and on dark.
-_COLOURS = {name: f"#01020{i}" for i, name in enumerate(("ink", "muted", "rule", "kept", "gone", "vision", "control"))}
+_DASH = "\N{EN DASH}"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,25 +33,12 @@ class ReportDocuments:
 
 @dataclass(frozen=True, kw_only=True)
 class Headline:
-    """One figure at the top; ``tone`` is ``good``, ``bad`` or ``plain``."""
+    """One figure at the top; ``tone`` is ``good``, ``bad``, ``absent`` or ``plain``."""
 
     label: str
     value: str
     detail: str
     tone: str = "plain"
-
-
-@dataclass(frozen=True, kw_only=True)
-class LayerRun:
-    """Consecutive decoder layers with the same number of vision tokens; ``last`` is inclusive."""
-
-    first: int
-    last: int
-    tokens: int
-
-    @property
-    def layers(self) -> str:
-        return str(self.first) if self.first == self.last else f"{self.first}-{self.last}"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -124,7 +103,7 @@ def write_reports(bundle: Bundle) -> tuple[Path, Path]:
     """
     plan = bundle.read_report("plan.json")
     if plan is None:
-        raise BundleError(f"{bundle.path} has no reports/plan.json, so there is nothing to report; build the artefact again")
+        raise BundleError(f"{bundle.path} has no reports/plan.json to report on; build the artefact again")
     documents = ReportDocuments(
         name=bundle.recipe.name,
         plan=plan,
@@ -144,7 +123,16 @@ def _environment(**settings: Any) -> Environment:
         keep_trailing_newline=True,
         **settings,
     )
-    environment.filters |= {"ms": _ms, "size": _size, "times": _times, "count": _count, "number": _number, "cosine": _cosine, "percent": _percent, "typeset": _typeset}
+    environment.filters |= {
+        "ms": _ms,
+        "size": _size,
+        "times": _times,
+        "percent": _percent,
+        "count": _count,
+        "number": _number,
+        "cosine": _cosine,
+        "typeset": _typeset,
+    }
     return environment
 
 
@@ -154,7 +142,7 @@ def _contents(documents: ReportDocuments) -> dict[str, Any]:
     emitted, per_layer = plan["vision_tokens"]["emitted"], plan["vision_tokens"]["per_layer"]
     mean = sum(per_layer) / len(per_layer)
     arms = _arms(bench) if bench else ()
-    gates = bench.get("gates", ()) if bench else ()
+    gates = [{"meaning": "", "bound": _bound(gate)} | gate for gate in bench.get("gates", ())] if bench else []
     return {
         "name": documents.name,
         "checkpoint": str(plan.get("checkpoint", _DASH)),
@@ -187,17 +175,19 @@ def _speed_headline(plan: Mapping[str, Any], bench: Mapping[str, Any] | None, ar
     if bench is None:
         predicted = plan.get("predicted_prefill_speedup")
         detail = f"prefill predicted {_times(predicted)}; measure it with tokexport bench"
-        return Headline(label=label, value="not measured", detail=detail)
+        return Headline(label=label, value="not measured", detail=detail, tone="absent")
     gains = bench["speedup"]
     gain = gains["ttft"]
-    pays = gain is not None and gain > 1 and not any(arm.remark for arm in arms)
     detail = f"prefill {_times(gains['prefill'])} measured, {_times(gains['predicted_prefill'])} predicted"
-    return Headline(label=label, value=_times(gain), detail=detail, tone="good" if pays else "bad")
+    tone = "plain" if any(arm.remark for arm in arms) else "good"
+    if gain is None or gain < 1:
+        tone = "bad"
+    return Headline(label=label, value=_times(gain), detail=detail, tone=tone)
 
 
 def _parity_headline(verify: Mapping[str, Any] | None) -> Headline:
     if verify is None:
-        return Headline(label="Parity", value="not checked", detail="check it with tokexport verify")
+        return Headline(label="Parity", value="not checked", detail="check it with tokexport verify", tone="absent")
     checks = verify["checks"]
     good = sum(bool(check["passed"]) for check in checks)
     detail = f"{good} of {len(checks)} checks within tolerance"
@@ -205,12 +195,17 @@ def _parity_headline(verify: Mapping[str, Any] | None) -> Headline:
     return Headline(label="Parity", value=word, detail=detail, tone=tone)
 
 
-def _findings(verify: Mapping[str, Any] | None, arms: Sequence[Arm], gates: Iterable[Mapping[str, Any]]) -> Iterable[str]:
+def _findings(
+    verify: Mapping[str, Any] | None, arms: Iterable[Arm], gates: Iterable[Mapping[str, Any]]
+) -> Iterable[str]:
     """Say what a reader must not miss: what failed, and what did not pay."""
     if verify is not None and not verify["passed"]:
         failed = [check["name"] for check in verify["checks"] if not check["passed"]]
-        yield f"Parity failed: {'; '.join(failed) or 'no check says why'}. The artefact does not compute what the reference computes."
-    yield from (f"Gate {gate['name']} missed: {_number(gate['value'])}, the bar is {_number(gate['bar'])}." for gate in gates if not gate["passed"])
+        names = "; ".join(failed) or "no check says why"
+        yield f"Parity failed: {names}. The artefact does not compute what the reference computes."
+    for gate in gates:
+        if not gate["passed"]:
+            yield f"Gate {gate['name']} missed: {_number(gate['value'])}, wanted {gate['bound']}."
     yield from (f"{arm.label} is {arm.remark}." for arm in arms if arm.is_method and arm.remark)
 
 
@@ -272,14 +267,14 @@ def _judged(arm: Arm, arms: Iterable[Arm]) -> Arm:
     full = next((other for other in rivals if not other.compressed and not other.is_control), None)
     if full is None or arm is full:
         return arm
-    gain = _ratio(full.ttft, arm.ttft)
-    losses = [_loss(arm, full, "all tokens")] if arm.ttft > full.ttft else []
-    losses += [_loss(arm, rival, f"its control {rival.method}") for rival in rivals if rival.is_control and rival.ttft < arm.ttft]
-    remark = "; ".join(losses) if arm.is_method else ""
-    return replace(arm, ttft_gain=gain, prefill_gain=_ratio(full.prefill, arm.prefill), remark=remark)
+    sooner = [rival for rival in rivals if rival.ttft < arm.ttft and (rival is full or rival.is_control)]
+    remark = "; ".join(_loss(arm, rival) for rival in sooner) if arm.is_method else ""
+    ttft_gain, prefill_gain = _ratio(full.ttft, arm.ttft), _ratio(full.prefill, arm.prefill)
+    return replace(arm, ttft_gain=ttft_gain, prefill_gain=prefill_gain, remark=remark)
 
 
-def _loss(arm: Arm, rival: Arm, name: str) -> str:
+def _loss(arm: Arm, rival: Arm) -> str:
+    name = f"its control {rival.method}" if rival.is_control else "all tokens"
     overlap = arm.ttft_range[0] <= rival.ttft_range[1] and rival.ttft_range[0] <= arm.ttft_range[1]
     noise = ", within the spread of the runs" if overlap else ""
     return f"slower than {name} by {100 * (arm.ttft / rival.ttft - 1):.1f} %{noise}"
@@ -291,6 +286,10 @@ def _pairs(arms: Sequence[Arm]) -> Iterable[tuple[str, Arm | None, Arm | None]]:
         mine = [arm for arm in arms if arm.setting == setting and not arm.is_control]
         full = next((arm for arm in mine if not arm.compressed), None)
         yield from ((setting, full, compressed) for compressed in [arm for arm in mine if arm.compressed] or [None])
+
+
+def _bound(gate: Mapping[str, Any]) -> str:
+    return f"{'at most' if gate.get('is_upper') else 'at least'} {_number(gate['bar'])}"
 
 
 def _ladder(verify: Mapping[str, Any]) -> dict[str, list[dict[str, Any]]]:
@@ -313,135 +312,68 @@ def _surroundings(documents: ReportDocuments) -> dict[str, list[tuple[str, str]]
         "Workload": bench.get("workload", {}),
         "Parity": {key: verify[key] for key in ("backend", "dtype", "seconds") if key in verify},
     }
-    return {title: [(key.replace("_", " "), _text(value)) for key, value in rows.items()] for title, rows in sections.items() if rows}
+    return {
+        title: [(key.replace("_", " "), _text(value)) for key, value in rows.items()]
+        for title, rows in sections.items()
+        if rows
+    }
 
 
-def _plots(plan: Mapping[str, Any], runs: Sequence[LayerRun], arms: Sequence[Arm]) -> dict[str, Plot]:
-    plots = {"tokens": _tokens_plot(plan["vision_tokens"], runs)}
+def _plots(plan: Mapping[str, Any], runs: Sequence[LayerRun], arms: Sequence[Arm]) -> list[Plot]:
+    """Return the plots of the page: the first is of the plan, the others are of the bench."""
+    plots = [_tokens_plot(runs, plan["vision_tokens"]["emitted"])]
     if arms:
-        plots["time"] = _time_plot(arms)
-    if gained := [arm for arm in arms if arm.prefill_gain is not None]:
-        plots["gain"] = _gain_plot(gained)
+        plots.append(_time_plot(arms))
+    if any(arm.prefill_gain for arm in arms):
+        plots.append(_gain_plot(arms))
     return plots
 
 
-def _tokens_plot(tokens: Mapping[str, Any], runs: Sequence[LayerRun]) -> Plot:
-    per_layer, emitted = tokens["per_layer"], tokens["emitted"]
-
-    def paint(axes: "Axes") -> None:
-        layers = range(len(per_layer))
-        axes.bar(layers, [emitted] * len(per_layer), width=0.82, color=_COLOURS["gone"], label=f"all tokens ({emitted})")
-        axes.bar(layers, per_layer, width=0.82, color=_COLOURS["kept"], label="kept")
-        for run in runs if len(runs) <= _MAX_LABELLED_RUNS else ():
-            axes.text((run.first + run.last) / 2, run.tokens + 0.02 * emitted, str(run.tokens), ha="center", weight="bold")
-        axes.set_xlim(-0.6, len(per_layer) - 0.4)
-        axes.set_ylim(0, 1.15 * emitted)
-        axes.set_xlabel("decoder layer, counted from 0")
-        axes.xaxis.get_major_locator().set_params(integer=True)
-        axes.grid(axis="y")
-
-    alt = "; ".join(f"layers {run.layers}: {run.tokens}" for run in runs)
+def _tokens_plot(runs: Sequence[LayerRun], emitted: int) -> Plot:
     title = "Vision tokens entering each decoder layer"
-    svg = _draw(title, f"{title}, of {emitted} without compression. {alt}.", (12.6, 3.0), paint)
-    caption = f"On average {_count(sum(per_layer) / len(per_layer))} of {emitted} tokens in each of {len(per_layer)} layers."
-    return Plot(title=title, caption=caption, svg=svg)
+    alt = "; ".join(f"layers {run.layers}: {run.tokens}" for run in runs)
+    num_layers = runs[-1].last + 1
+    mean = sum(run.tokens * (run.last + 1 - run.first) for run in runs) / num_layers
+    return Plot(
+        title=title,
+        caption=f"On average {_count(mean)} of {emitted} tokens in each of {num_layers} layers.",
+        svg=draw_tokens(title, f"{title}, of {emitted} without compression. {alt}.", runs, emitted),
+    )
 
 
 def _time_plot(arms: Sequence[Arm]) -> Plot:
-    def paint(axes: "Axes") -> None:
-        vision, prefill = [arm.vision for arm in arms], [arm.prefill for arm in arms]
-        axes.barh(range(len(arms)), vision, height=0.62, color=_COLOURS["vision"], label="vision and projector")
-        axes.barh(range(len(arms)), prefill, height=0.62, left=vision, color=_COLOURS["kept"], label="prefill")
-        for row, arm in enumerate(arms):
-            _label_bar(axes, row, arm.vision + arm.prefill, f"{_ms(arm.vision + arm.prefill)} ms")
-        _label_rows(axes, arms, "ms, shorter is better")
-
     title = "Where the time to the first token goes"
     alt = "; ".join(f"{arm.label}: vision {_ms(arm.vision)} ms, prefill {_ms(arm.prefill)} ms" for arm in arms)
-    caption = "Vision encoder and prefill of one image and its prompt, median of the runs."
-    return Plot(title=title, caption=caption, svg=_draw(title, f"{title}. {alt}.", _bar_size(arms), paint))
+    bars = [
+        TimeBar(label=arm.label, text=f"{_ms(arm.vision + arm.prefill)} ms", vision=arm.vision, prefill=arm.prefill)
+        for arm in arms
+    ]
+    return Plot(
+        title=title,
+        caption="Vision encoder and prefill of one image and its prompt, median of the runs.",
+        svg=draw_times(title, f"{title}. {alt}.", bars),
+    )
 
 
 def _gain_plot(arms: Sequence[Arm]) -> Plot:
-    def paint(axes: "Axes") -> None:
-        gains = [arm.prefill_gain or 0.0 for arm in arms]
-        for is_control, colour, label in ((False, "kept", "measured"), (True, "control", "measured, control")):
-            if rows := [row for row, arm in enumerate(arms) if arm.is_control == is_control]:
-                axes.barh(rows, [gains[row] for row in rows], height=0.62, color=_COLOURS[colour], label=label)
-        if rows := [row for row, arm in enumerate(arms) if arm.predicted is not None]:
-            predicted = [arm.predicted for arm in arms if arm.predicted is not None]
-            axes.scatter(predicted, rows, 50, marker="D", color=_COLOURS["vision"], edgecolors=_COLOURS["ink"], label="predicted", zorder=3)
-        for row, arm in enumerate(arms):
-            _label_bar(axes, row, max(gains[row], arm.predicted or 0.0), _times(gains[row]))
-        axes.axvline(1.0, color=_COLOURS["muted"], linewidth=1.0, linestyle=(0, (4, 3)))
-        _label_rows(axes, arms, "prefill speed-up over all tokens on the same engine")
-
     title = "Measured against predicted prefill speed-up"
-    alt = "; ".join(f"{arm.label}: measured {_times(arm.prefill_gain)}, predicted {_times(arm.predicted)}" for arm in arms)
-    caption = "The prediction counts FLOPs only; the dashed line is no gain."
-    return Plot(title=title, caption=caption, svg=_draw(title, f"{title}. {alt}.", _bar_size(arms), paint))
-
-
-def _bar_size(arms: Sequence[Arm]) -> tuple[float, float]:
-    return 6.2, 1.2 + 0.38 * len(arms)
-
-
-def _label_bar(axes: "Axes", row: int, end: float, text: str) -> None:
-    axes.annotate(_typeset(text), (end, row), xytext=(8, 0), textcoords="offset points", va="center")
-
-
-def _label_rows(axes: "Axes", arms: Sequence[Arm], unit: str) -> None:
-    labels = [arm.label if len(arm.label) <= _MAX_LABEL else f"{arm.label[: _MAX_LABEL - 1]}…" for arm in arms]
-    axes.set_yticks(range(len(arms)), labels)
-    axes.invert_yaxis()
-    axes.margins(x=0.2)
-    axes.set_xlim(left=0)
-    axes.set_xlabel(unit)
-    axes.grid(axis="x")
-
-
-def _draw(title: str, alt: str, size: tuple[float, float], paint: Callable[["Axes"], None]) -> Markup:
-    """Paint into one pair of axes and return it as SVG that can stand in an HTML page."""
-    # Imported here: it takes half a second that the rest of the program need not wait for.
-    import matplotlib as mpl
-    from matplotlib.figure import Figure
-
-    settings = {
-        "svg.fonttype": "none",
-        "svg.hashsalt": title,
-        "text.parse_math": False,
-        "axes.axisbelow": True,
-        "text.color": _COLOURS["ink"],
-        "axes.labelcolor": _COLOURS["muted"],
-        "xtick.color": _COLOURS["muted"],
-        "ytick.color": _COLOURS["ink"],
-        "grid.color": _COLOURS["rule"],
-        "font.size": 10.5,
-    }
-    with mpl.rc_context(settings):
-        figure = Figure(figsize=size, layout="constrained")
-        axes = figure.subplots()
-        axes.spines[:].set_visible(False)
-        axes.tick_params(length=0)
-        paint(axes)
-        axes.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=3, frameon=False, borderaxespad=0.2, handlelength=1.0, columnspacing=1.4)
-        buffer = io.StringIO()
-        figure.savefig(buffer, format="svg", transparent=True, metadata=dict.fromkeys(("Date", "Creator", "Format", "Type")))
-    return _inlined(buffer.getvalue(), title, alt)
-
-
-def _inlined(svg: str, title: str, alt: str) -> Markup:
-    """Return a drawing without what belongs to a file: prolog, namespaces, styles for the whole page, common ids."""
-    drawing = svg[svg.index("<svg") :]
-    drawing = re.sub(r"<style.*?</style>", "", drawing, flags=re.DOTALL)
-    drawing = re.sub(r'<g id="[^"]*"', "<g", drawing).replace("xlink:href=", "href=")
-    for name, colour in _COLOURS.items():
-        drawing = drawing.replace(colour, f"var(--{name})")
-    view_box = re.search(r'viewBox="[^"]*"', drawing)
-    assert view_box is not None
-    head = Markup('<svg {} role="img" aria-label="{}"><title>{}</title>').format(Markup(view_box.group()), alt, title)
-    # matplotlib escaped every label that it wrote.
-    return head + Markup(drawing[drawing.index(">") + 1 :].strip())
+    bars = [
+        GainBar(
+            label=arm.label,
+            text=_typeset(_times(arm.prefill_gain)),
+            measured=arm.prefill_gain,
+            predicted=arm.predicted,
+            is_control=arm.is_control,
+        )
+        for arm in arms
+        if arm.prefill_gain
+    ]
+    alt = "; ".join(f"{bar.label}: measured {_times(bar.measured)}, predicted {_times(bar.predicted)}" for bar in bars)
+    return Plot(
+        title=title,
+        caption="The prediction counts FLOPs only; the dashed line is no gain.",
+        svg=draw_gains(title, f"{title}. {alt}.", bars),
+    )
 
 
 def _ratio(value: float | None, to: float | None) -> float | None:
@@ -493,9 +425,7 @@ def _cosine(value: float | None) -> str:
 
 
 def _text(value: object) -> str:
-    if isinstance(value, Mapping):
-        return ", ".join(f"{key} {_text(item)}" for key, item in value.items())
-    return ", ".join(map(_text, value)) if isinstance(value, (list, tuple)) else str(value)
+    return ", ".join(map(str, value)) if isinstance(value, list) else str(value)
 
 
 def _escape_markdown(value: object) -> object:
@@ -506,4 +436,4 @@ def _typeset(text: str) -> str:
     """Give formatted figures their typographic signs and keep a figure and its unit on one line."""
     text = re.sub(r"(\d)x(?!\w)", "\\1\N{MULTIPLICATION SIGN}", text.replace("->", "\N{RIGHTWARDS ARROW}"))
     text = re.sub(r"(?<!\S)-(?=\d)", "\N{MINUS SIGN}", text)
-    return re.sub(r"(?<=[\d×]) (?=%|ms\b|[KMGT]B\b|[GT]FLOP\b)", "\N{NO-BREAK SPACE}", text)
+    return re.sub(r"(?<=[\d\u00d7]) (?=%|ms\b|[KMGT]B\b|[GT]FLOP\b)", "\N{NO-BREAK SPACE}", text)

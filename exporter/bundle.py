@@ -154,16 +154,23 @@ class BundleWriter:
         (self.staging / "onnx").mkdir()
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         shutil.rmtree(self.staging, ignore_errors=True)
         if isinstance(error, OSError) and not isinstance(error, FileNotFoundError):
-            raise BundleError(f"{self.out} could not be written ({error.strerror or error}); nothing was left behind") from error
+            raise BundleError(
+                f"{self.out} could not be written ({error.strerror or error}); nothing was left behind"
+            ) from error
 
     def require_room(self, num_bytes: int) -> None:
         """Raise ``BundleError`` if the disk has less room than ``num_bytes``."""
         free = shutil.disk_usage(self.staging).free
         if free < num_bytes:
-            raise BundleError(f"{self.out} needs {num_bytes / 1e9:.1f} GB and its disk has {free / 1e9:.1f} GB free; choose another -o or make room")
+            raise BundleError(
+                f"{self.out} needs {num_bytes / 1e9:.1f} GB and its disk has {free / 1e9:.1f} GB free; "
+                "choose another -o or make room"
+            )
 
     def write_manifest(self, manifest: Manifest) -> Bundle:
         """Write the manifest with the checksum of every file, and open the artefact where it stands."""
@@ -224,7 +231,10 @@ def _read_manifest(path: Path) -> Manifest:
     if not isinstance(found, int):
         raise BundleError(f"{path} is no manifest of tokexport; build the artefact again")
     if found > SCHEMA_VERSION:
-        raise BundleError(f"{path.parent} was made by a newer tokexport (schema {found}, this one reads {SCHEMA_VERSION}); upgrade tokexport")
+        raise BundleError(
+            f"{path.parent} was made by a newer tokexport (schema {found}, this one reads "
+            f"{SCHEMA_VERSION}); upgrade tokexport"
+        )
     try:
         return parse_table(Manifest, table, MANIFEST)
     except (RecipeError, AssertionError) as error:
@@ -246,7 +256,9 @@ def _check_place(out: Path, *, overwrite: bool) -> None:
         if any(out.iterdir()) and not overwrite:
             raise BundleError(f"{out} exists and is not empty; choose another -o, or replace it with --overwrite")
         if any(out.iterdir()) and not (out / MANIFEST).is_file():
-            raise BundleError(f"{out} is not empty and no artefact, so --overwrite will not replace it; choose another -o")
+            raise BundleError(
+                f"{out} is not empty and no artefact, so --overwrite will not replace it; choose another -o"
+            )
     elif out.exists():
         raise BundleError(f"{out} is a file; choose a directory for -o")
 
@@ -270,7 +282,9 @@ def _is_running(process: int) -> bool:
 
 
 def _files(folder: Path) -> Iterator[Path]:
-    return (path for path in sorted(folder.rglob("*")) if path.is_file() and REPORTS not in path.relative_to(folder).parts)
+    return (
+        path for path in sorted(folder.rglob("*")) if path.is_file() and REPORTS not in path.relative_to(folder).parts
+    )
 
 
 def _record(path: Path) -> FileRecord:

@@ -62,7 +62,10 @@ def describe_model(table: ModelTable) -> Model:
     before = family.spec(config).num_layers
     if table.num_layers is not None:
         if table.num_layers > before:
-            raise CheckpointError(f"num_layers = {table.num_layers} is more than the {before} decoder layers of {table.checkpoint}; choose a smaller number")
+            raise CheckpointError(
+                f"num_layers = {table.num_layers} is more than the {before} decoder layers of "
+                f"{table.checkpoint}; choose a smaller number"
+            )
         config = family.with_num_layers(config, table.num_layers)
     return Model(
         table=table,
@@ -77,7 +80,9 @@ def describe_model(table: ModelTable) -> Model:
 def describe_for_plan(table: ModelTable) -> Model:
     """Like ``describe_model``, but a checkpoint that is not on this machine is described by the recipe alone."""
     if table.weights == "checkpoint" and _local_directory(table.checkpoint) is None and table.architecture:
-        table = ModelTable(family=table.family, checkpoint=table.checkpoint, weights="random", architecture=table.architecture)
+        table = ModelTable(
+            family=table.family, checkpoint=table.checkpoint, weights="random", architecture=table.architecture
+        )
     return describe_model(table)
 
 
@@ -140,13 +145,23 @@ def checkpoint_directory(name: str) -> Path:
     if local is not None:
         return local
     if name.count("/") != 1 or name.startswith((".", "/", "~")):
-        raise CheckpointError(f"there is no model directory {name}; give a directory, a hub id like llava-hf/llava-1.5-7b-hf, or {BUNDLED_MODEL}")
+        raise CheckpointError(
+            f"there is no model directory {name}; give a directory, a hub id like "
+            f"llava-hf/llava-1.5-7b-hf, or {BUNDLED_MODEL}"
+        )
     return _from_hub(name)
 
 
 def processor_files(directory: Path) -> Sequence[Path]:
     """Return the tokenizer, processor and chat template files of a checkpoint."""
-    patterns = ("tokenizer*", "*processor_config.json", "chat_template*", "special_tokens_map.json", "added_tokens.json", "generation_config.json")
+    patterns = (
+        "tokenizer*",
+        "*processor_config.json",
+        "chat_template*",
+        "special_tokens_map.json",
+        "added_tokens.json",
+        "generation_config.json",
+    )
     return sorted({path for pattern in patterns for path in directory.glob(pattern)})
 
 

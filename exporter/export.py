@@ -4,11 +4,12 @@
 and streams the weights into the files.
 """
 
-import json
 import math
 import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
 
 import onnx
 import onnx_ir as ir
@@ -24,14 +25,21 @@ from tokexport.exporter.bundle import (
     ModelRecord,
     library_versions,
 )
-from tokexport.exporter.checkpoint import Model, describe_model, fingerprint, open_weights, processor_files
+from tokexport.exporter.checkpoint import (
+    Model,
+    describe_for_plan,
+    describe_model,
+    fingerprint,
+    open_weights,
+    processor_files,
+)
 from tokexport.exporter.graph_io import GRAPHS, GraphIO, GraphName, decoder_io, embed_tokens_io, vision_encoder_io
 from tokexport.exporter.method import Method, arriving_plans, load_methods, tables_of
 from tokexport.exporter.modules.bottleneck import Bottleneck
 from tokexport.exporter.plan import DTYPE_BYTES, TokenPlan, plan_report
 from tokexport.exporter.trace import bind_weights, trace
 from tokexport.exporter.weights import Weights
-from tokexport.recipes.load import recipe_toml
+from tokexport.recipes.load import recipe_table, recipe_toml
 from tokexport.recipes.schema import Recipe
 from tokexport.recipes.tables import table_of
 
@@ -39,9 +47,16 @@ Progress = Callable[[str], None]
 
 # For each graph, where the parameters of its module are found among the weights.
 _WEIGHT_PREFIXES: dict[GraphName, dict[str, str]] = {
-    "vision_encoder": {"vision_tower.": "model.vision_tower.", "multi_modal_projector.": "model.multi_modal_projector."},
+    "vision_encoder": {
+        "vision_tower.": "model.vision_tower.",
+        "multi_modal_projector.": "model.multi_modal_projector.",
+    },
     "embed_tokens": {"weight": "model.language_model.embed_tokens.weight"},
-    "decoder_model_merged": {"layers.": "model.language_model.layers.", "norm.": "model.language_model.norm.", "lm_head.": "lm_head."},
+    "decoder_model_merged": {
+        "layers.": "model.language_model.layers.",
+        "norm.": "model.language_model.norm.",
+        "lm_head.": "lm_head.",
+    },
 }
 
 
@@ -61,7 +76,11 @@ class Design:
     def modules(self) -> dict[GraphName, nn.Module]:
         """Return the module of each graph, on the device that is the default."""
         family, config = self.model.family, self.model.config
-        stages = [stage for method, arriving in self._steps() if (stage := method.feature_stage(self.model.spec, arriving)) is not None]
+        stages = [
+            stage
+            for method, arriving in self._steps()
+            if (stage := method.feature_stage(self.model.spec, arriving)) is not None
+        ]
         bottlenecks: dict[int, Bottleneck] = {}
         for method, arriving in self._steps():
             bottlenecks |= method.bottlenecks(self.model.spec, arriving)
@@ -99,8 +118,16 @@ def design(recipe: Recipe, *, describe: Callable[..., Model] = describe_model) -
     return Design(recipe, model, methods, arriving_plans(methods, model.spec))
 
 
-def export(made: Design, writer: BundleWriter, progress: Progress = lambda _: None) -> Bundle:
+def export(
+    made: Design, writer: BundleWriter, progress: Progress = lambda _: None, *, twin: Bundle | None = None
+) -> Bundle:
     """Write the graphs, the weights, the recipe and the manifest into the writer's staging folder.
+
+    Args:
+        made: what to export.
+        writer: where to.
+        progress: told what is being done.
+        twin: an artefact of the same weights; its weight files are linked instead of written.
 
     Raises:
         CheckpointError: the weights do not fit.
@@ -110,12 +137,22 @@ def export(made: Design, writer: BundleWriter, progress: Progress = lambda _: No
     progress("reading the checkpoint")
     weights = open_weights(made.model)
     num_parameters = sum(math.prod(shape) for shape in weights.shapes.values())
-    writer.require_room(int(num_parameters * DTYPE_BYTES[made.recipe.export.dtype] * 1.05) + (16 << 20))
+    if twin is None:
+        writer.require_room(int(num_parameters * DTYPE_BYTES[made.recipe.export.dtype] * 1.05) + (16 << 20))
     with torch.device("meta"):
         modules = made.modules()
     interfaces = made.graph_io()
     for graph in GRAPHS:
-        _write_graph(graph, modules[graph], interfaces[graph], made, weights, writer, progress)
+        progress(f"tracing {graph}")
+        model, bound = _traced(graph, modules[graph], interfaces[graph], made, weights)
+        progress(f"writing {graph}")
+        if twin is None:
+            _store_weights(model, bound, writer.staging / "onnx", f"{graph}.onnx_data")
+        else:
+            _share_weights(model, bound, twin.graph_path(graph), writer.staging / "onnx")
+        ir.save(model, writer.staging / "onnx" / f"{graph}.onnx")
+        if twin is None:  # the checker takes a linked weight file for an attack
+            _check(writer.staging / "onnx" / f"{graph}.onnx")
     for path in processor_files(made.model.directory):
         shutil.copyfile(path, writer.staging / path.name)
     made.model.config.to_json_file(writer.staging / "config.json", use_diff=False)
@@ -131,20 +168,30 @@ def export(made: Design, writer: BundleWriter, progress: Progress = lambda _: No
                 fingerprint=fingerprint(made.model),
                 num_parameters=num_parameters,
             ),
-            recipe=_recipe_table(made.recipe),
+            recipe=recipe_table(made.recipe),
             spec=made.model.spec,
             plan=made.plan,
             graphs={graph: table_of(io) for graph, io in interfaces.items()},
         )
     )
-    bundle.write_report("plan.json", made_plan_report(made))
+    bundle.write_report("plan.json", _plan_report(made, made.recipe.plan.text_tokens))
     return bundle
 
 
-def made_plan_report(made: Design) -> dict[str, object]:
-    """Return what ``tokexport plan --json`` prints for a design."""
-    report = plan_report(made.model.spec, made.plan, text_tokens=made.recipe.plan.text_tokens, dtype=made.recipe.export.dtype)
-    return {"recipe": made.recipe.name, "checkpoint": made.model.table.checkpoint, **report}
+def planned(recipe: Recipe, *, text_tokens: int | None = None) -> tuple[Design, dict[str, Any]]:
+    """Plan a recipe without reading weights, and without the checkpoint where the recipe describes it.
+
+    Returns:
+        The design and what ``tokexport plan --json`` prints.
+    """
+    made = design(recipe, describe=describe_for_plan)
+    text_tokens = recipe.plan.text_tokens if text_tokens is None else text_tokens
+    return made, _plan_report(made, text_tokens)
+
+
+def _plan_report(made: Design, text_tokens: int) -> dict[str, Any]:
+    report = plan_report(made.model.spec, made.plan, text_tokens=text_tokens, dtype=made.recipe.export.dtype)
+    return {"recipe": made.recipe.name, "checkpoint": made.recipe.model.checkpoint, **report}
 
 
 def weight_names(graph: GraphName, module: nn.Module) -> dict[str, str]:
@@ -157,35 +204,42 @@ def weight_names(graph: GraphName, module: nn.Module) -> dict[str, str]:
     return names
 
 
-def _write_graph(
-    graph: GraphName, module: nn.Module, io: GraphIO, made: Design, weights: Weights, writer: BundleWriter, progress: Progress
-) -> None:
+def _traced(
+    graph: GraphName, module: nn.Module, io: GraphIO, made: Design, weights: Weights
+) -> tuple[ir.Model, list[str]]:
+    """Return the graph and the names of its weights, which are not read yet."""
     dtype = made.recipe.export.dtype
-    progress(f"tracing {graph}")
     model = trace(module, io, dtype=dtype, vision=made.plan.entering_llm)
     model.graph.name = graph
     model.producer_name, model.producer_version = "tokexport", library_versions().get("tokexport", "")
-    bound = bind_weights(model, weights, weight_names(graph, module), dtype)
-    progress(f"writing {graph}")
+    return model, bind_weights(model, weights, weight_names(graph, module), dtype)
+
+
+def _store_weights(model: ir.Model, bound: Sequence[str], folder: Path, file_name: str) -> None:
+    """Read the weights one by one and write each before the next is read."""
     values = [model.graph.initializers[name] for name in bound]
     tensors = [value.const_value for value in values if value.const_value is not None]
-    folder = writer.staging / "onnx"
-    external = ir.external_data.convert_tensors_to_external(tensors, folder, f"{graph}.onnx_data", max_workers=1)
+    external = ir.external_data.convert_tensors_to_external(tensors, folder, file_name, max_workers=1)
     for value, tensor in zip(values, external, strict=True):
         value.const_value = tensor
-    path = folder / f"{graph}.onnx"
-    ir.save(model, path)
-    _check(path)
 
 
-def _check(path: "object") -> None:
+def _share_weights(model: ir.Model, bound: Sequence[str], twin: Path, folder: Path) -> None:
+    """Refer to the weights of another artefact's graph, through hard links where the disk allows it."""
+    stored = ir.load(twin).graph.initializers
+    for name in bound:
+        model.graph.initializers[name].const_value = stored[name].const_value
+    data = twin.with_name(f"{twin.name}_data")
+    try:
+        (folder / data.name).hardlink_to(data)
+    except OSError:
+        shutil.copyfile(data, folder / data.name)
+
+
+def _check(path: Path) -> None:
     try:
         onnx.checker.check_model(str(path), full_check=True)
     except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
-        raise ExportError(f"{path} does not pass the ONNX checker ({error}); please report this with the recipe") from error
-
-
-def _recipe_table(recipe: Recipe) -> dict[str, object]:
-    table = table_of(recipe)
-    table["compress"] = [{"method": step.method, **table_of(step.options)} for step in recipe.compress]
-    return json.loads(json.dumps(table))
+        raise ExportError(
+            f"{path} does not pass the ONNX checker ({error}); please report this with the recipe"
+        ) from error

@@ -88,6 +88,10 @@ def load_family(name: str) -> Family:
     if name not in list_families():
         raise RecipeError(f"[model] there is no family {name!r}{nearest(name, list_families())}")
     module = importlib.import_module(f"tokexport.exporter.families.{name}")
-    found = [item for item in vars(module).values() if isinstance(item, type) and issubclass(item, Family) and item.__module__ == module.__name__]
+    found = [
+        item
+        for item in vars(module).values()
+        if isinstance(item, type) and issubclass(item, Family) and item.__module__ == module.__name__
+    ]
     assert len(found) == 1, f"{module.__name__} must define one Family, not {found}"
     return found[0]()

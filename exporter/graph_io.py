@@ -47,7 +47,9 @@ def vision_encoder_io(spec: VlmSpec, plan: TokenPlan, dtype: str) -> GraphIO:
     """Pixels of whole images in, vision tokens that enter the language model out."""
     return GraphIO(
         inputs=(TensorIO(name="pixel_values", dtype=dtype, shape=("num_images", 3, spec.image_size, spec.image_size)),),
-        outputs=(TensorIO(name="image_features", dtype=dtype, shape=("num_images", plan.entering_llm, spec.hidden_size)),),
+        outputs=(
+            TensorIO(name="image_features", dtype=dtype, shape=("num_images", plan.entering_llm, spec.hidden_size)),
+        ),
     )
 
 

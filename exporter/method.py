@@ -57,6 +57,11 @@ def list_methods() -> list[str]:
     return sorted(module.name for module in pkgutil.iter_modules(package.__path__))
 
 
+def method_summary(name: str) -> str:
+    """Return the first line of what a method's file says about it."""
+    return (importlib.import_module(_method_class(name).__module__).__doc__ or "").partition("\n")[0].rstrip(".")
+
+
 def load_methods(steps: Sequence[CompressTable]) -> tuple[Method, ...]:
     """Make the methods of a recipe, in their order.
 
@@ -72,7 +77,9 @@ def load_methods(steps: Sequence[CompressTable]) -> tuple[Method, ...]:
 
 def tables_of(methods: Sequence[Method]) -> tuple[CompressTable, ...]:
     """Return methods as recipe tables, every default filled in."""
-    return tuple(CompressTable(method=type(method).__module__.rpartition(".")[2], options=table_of(method)) for method in methods)
+    return tuple(
+        CompressTable(method=type(method).__module__.rpartition(".")[2], options=table_of(method)) for method in methods
+    )
 
 
 def plan_tokens(methods: Sequence[Method], spec: VlmSpec) -> TokenPlan:
@@ -92,6 +99,10 @@ def _method_class(name: str) -> type[Method]:
     if name not in list_methods():
         raise RecipeError(f"[[compress]] there is no method {name!r}{nearest(name, list_methods())}")
     module = importlib.import_module(f"tokexport.exporter.methods.{name}")
-    found = [item for item in vars(module).values() if isinstance(item, type) and issubclass(item, Method) and item.__module__ == module.__name__]
+    found = [
+        item
+        for item in vars(module).values()
+        if isinstance(item, type) and issubclass(item, Method) and item.__module__ == module.__name__
+    ]
     assert len(found) == 1, f"{module.__name__} must define one Method, not {found}"
     return found[0]

@@ -6,7 +6,7 @@ speed-up are read from it, and none of them knows which method made it.
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from itertools import groupby
+from itertools import groupby, pairwise
 from typing import Any
 
 from tokexport.errors import RecipeError
@@ -64,7 +64,7 @@ class TokenPlan:
 
     def __post_init__(self) -> None:
         chain = (self.emitted, self.entering_llm, *self.per_layer)
-        assert all(before >= after >= 1 for before, after in zip(chain, chain[1:], strict=False)), chain
+        assert all(before >= after >= 1 for before, after in pairwise(chain)), chain
 
     @classmethod
     def uncompressed(cls, spec: VlmSpec) -> "TokenPlan":
@@ -137,20 +137,27 @@ def resolve_keep(keep: int | float, arriving: int, where: str) -> int:
         RecipeError: it keeps nothing, everything, or more than arrives.
     """
     if isinstance(keep, float) and not 0 < keep < 1:
-        raise RecipeError(f"{where} keep = {keep} must lie between 0 and 1 as a fraction; a token count is written as a whole number")
+        raise RecipeError(
+            f"{where} keep = {keep} must lie between 0 and 1 as a fraction; a token count is written as a whole number"
+        )
     count = round(keep * arriving) if isinstance(keep, float) else keep
     if count < 1:
         raise RecipeError(f"{where} keep = {keep} leaves no vision token of {arriving}; keep at least 1")
     if count > arriving:
-        raise RecipeError(f"{where} keep = {keep} is more than the {arriving} vision tokens that arrive; choose a smaller number")
+        raise RecipeError(
+            f"{where} keep = {keep} is more than the {arriving} vision tokens that arrive; choose a smaller number"
+        )
     if count == arriving:
-        raise RecipeError(f"{where} keep = {keep} keeps all {arriving} vision tokens that arrive and has no effect; remove it or choose a smaller number")
+        raise RecipeError(
+            f"{where} keep = {keep} keeps all {arriving} vision tokens that arrive and has no effect; "
+            "remove it or choose a smaller number"
+        )
     return count
 
 
-def keep_text(before: int, after: int) -> str:
+def keep_text(before: int, after: float) -> str:
     """Say a ratio the way tokexport says it everywhere: ``576 -> 144 tokens (25 %)``."""
-    return f"{before} -> {after} tokens ({100 * after / before:.3g} %)"
+    return f"{before} -> {after:g} tokens ({100 * after / before:.3g} %)"
 
 
 def stride_index(arriving: int, keep: int, phase: float) -> tuple[int, ...]:
@@ -182,9 +189,17 @@ def plan_report(spec: VlmSpec, plan: TokenPlan, *, text_tokens: int, dtype: str)
 
     flops = compared(prefill_flops(spec, full, text_tokens), prefill_flops(spec, plan, text_tokens))
     return {
-        "vision_tokens": {"emitted": plan.emitted, "entering_llm": plan.entering_llm, "per_layer": list(plan.per_layer)},
+        "vision_tokens": {
+            "emitted": plan.emitted,
+            "entering_llm": plan.entering_llm,
+            "per_layer": list(plan.per_layer),
+        },
         "mean_vision_tokens": plan.mean_vision_tokens,
-        "prompt_tokens": {"text": text_tokens, "full": full.entering_llm + text_tokens, "compressed": plan.entering_llm + text_tokens},
+        "prompt_tokens": {
+            "text": text_tokens,
+            "full": full.entering_llm + text_tokens,
+            "compressed": plan.entering_llm + text_tokens,
+        },
         "dtype": dtype,
         "flops": flops,
         "predicted_prefill_speedup": flops["full"] / flops["compressed"],
@@ -198,7 +213,9 @@ def squarest_grid(grid: tuple[int, int], arriving: tuple[int, int], keep: int) -
 
     None where no product fits into the ``arriving`` rows and columns.
     """
-    fits = [(rows, keep // rows) for rows in range(1, arriving[0] + 1) if keep % rows == 0 and keep // rows <= arriving[1]]
+    fits = [
+        (rows, keep // rows) for rows in range(1, arriving[0] + 1) if keep % rows == 0 and keep // rows <= arriving[1]
+    ]
 
     def stretch(kept: tuple[int, int]) -> float:
         ratio = (grid[0] / kept[0]) / (grid[1] / kept[1])
@@ -218,5 +235,7 @@ def scaled_layers(layers: Sequence[int], before: int, after: int) -> tuple[int, 
         least = moved[-1] + 1 if moved else 0
         moved.append(max(least, round(layer * after / before)))
     if moved and moved[-1] >= after:
-        raise RecipeError(f"{len(layers)} bottlenecks do not fit into {after} layers; use at least {moved[-1] + 1} layers")
+        raise RecipeError(
+            f"{len(layers)} bottlenecks do not fit into {after} layers; use at least {moved[-1] + 1} layers"
+        )
     return tuple(moved)

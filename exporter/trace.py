@@ -5,9 +5,11 @@ bound to lazy tensors that are read when the file is written. No weight is in me
 """
 
 import ast
+import contextlib
+import logging
 import re
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from typing import Any
 
 import onnx_ir as ir
@@ -49,11 +51,13 @@ def trace(module: nn.Module, io: GraphIO, *, dtype: str, vision: int = 0) -> ir.
     """
     sizes = {**_EXAMPLE_SIZES, "vision": vision, "prefix + vision + suffix": 12 + vision}
     module = module.to(getattr(torch, dtype)).eval().requires_grad_(False)
-    with FakeTensorMode(allow_non_fake_inputs=True), warnings.catch_warnings():
-        warnings.filterwarnings("ignore", category=FutureWarning)
+    with FakeTensorMode(allow_non_fake_inputs=True), _quiet():
         _make_fake(module)
         tensors = [_example(tensor, sizes) for tensor in io.inputs]
-        shapes = [{axis: torch.export.Dim.DYNAMIC for axis, dim in enumerate(tensor.shape) if isinstance(dim, str)} for tensor in io.inputs]
+        shapes = [
+            {axis: torch.export.Dim.DYNAMIC for axis, dim in enumerate(tensor.shape) if isinstance(dim, str)}
+            for tensor in io.inputs
+        ]
         plain = sum(not tensor.name.startswith("past_key_values.") for tensor in io.inputs)
         program = torch.export.export(
             module,
@@ -105,9 +109,9 @@ def bind_weights(model: ir.Model, weights: Weights, names: Mapping[str, str], dt
             assert value.shape is not None
             value.const_value = _lazy(name, names[name], weights, value.shape, dtype)
             bound.append(name)
-    folded = FoldWeightTransposes()(model)
-    renamed = dict(folded.renamed)
-    return [renamed.get(name, name) for name in bound]
+    fold = FoldWeightTransposes()
+    fold(model)
+    return [fold.renamed.get(name, name) for name in bound]
 
 
 def _lazy(name: str, stored_name: str, weights: Weights, shape: ir.Shape, dtype: str) -> ir.LazyTensor:
@@ -118,6 +122,21 @@ def _lazy(name: str, stored_name: str, weights: Weights, shape: ir.Shape, dtype:
 
 
 _IR_NAMES = {"float32": "FLOAT", "float16": "FLOAT16", "bfloat16": "BFLOAT16", "int64": "INT64"}
+
+
+@contextlib.contextmanager
+def _quiet() -> Generator[None]:
+    """Silence the exporter about torchvision, which is not needed, and about its own use of old names."""
+    logger = logging.getLogger("torch.onnx")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", category=FutureWarning)
+            warnings.filterwarnings("ignore", category=DeprecationWarning)
+            yield
+    finally:
+        logger.setLevel(level)
 
 
 def _make_fake(module: nn.Module) -> None:
@@ -146,7 +165,11 @@ def _name_inputs_and_outputs(model: ir.Model, io: GraphIO) -> None:
     symbols: dict[str, str] = {}
     for value, tensor in zip(model.graph.inputs, io.inputs, strict=True):
         assert value.shape is not None
-        symbols |= {str(found.value): wanted for found, wanted in zip(value.shape, tensor.shape, strict=True) if isinstance(found, ir.SymbolicDim) and isinstance(wanted, str)}
+        symbols |= {
+            str(found.value): wanted
+            for found, wanted in zip(value.shape, tensor.shape, strict=True)
+            if isinstance(found, ir.SymbolicDim) and isinstance(wanted, str)
+        }
     for value in _all_values(model.graph):
         if value.shape is not None:
             value.shape = ir.Shape([_renamed_dim(dim, symbols) for dim in value.shape])
@@ -158,7 +181,8 @@ def _name_inputs_and_outputs(model: ir.Model, io: GraphIO) -> None:
 
 
 def _name_nodes(graph: ir.Graph) -> None:
-    """Name every node by the module it comes from, e.g. ``/layers.0/self_attn/q_proj/MatMul``, for profiles and logs."""
+    """Name every node by the module it comes from, e.g. ``/layers.0/self_attn/q_proj/MatMul``, for "
+    "profiles and logs."""
     seen: dict[str, int] = {}
     for node in graph:
         scopes = ast.literal_eval(node.metadata_props.get("pkg.torch.onnx.name_scopes", "['']"))

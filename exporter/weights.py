@@ -48,12 +48,15 @@ class SafetensorsWeights(Weights):
         self._shapes: dict[str, tuple[int, ...]] = {}
         for path in _shard_paths(directory):
             handle = _open_shard(path)
-            for stored_name in handle.keys():
+            for stored_name in sorted(handle.keys()):
                 name = rename(stored_name)
                 if name is None:
                     continue
                 if name in self._stored:
-                    raise CheckpointError(f"{directory} holds two tensors for {name}: {self._stored[name][1]} and {stored_name}; keep one of them")
+                    raise CheckpointError(
+                        f"{directory} holds two tensors for {name}: {self._stored[name][1]} and "
+                        f"{stored_name}; keep one of them"
+                    )
                 self._stored[name] = (handle, stored_name)
                 self._shapes[name] = tuple(handle.get_slice(stored_name).get_shape())
 
@@ -140,11 +143,14 @@ def merge_adapter(base: Weights, directory: Path, rename: Rename) -> AdapterWeig
     _require_plain_lora(config, directory)
     handle = _open_shard(directory / "adapter_model.safetensors")
     halves: dict[str, dict[str, Tensor]] = {}
-    for stored_name in handle.keys():
+    for stored_name in sorted(handle.keys()):
         module, separator, half = stored_name.removeprefix("base_model.model.").rpartition(".lora_")
         half = half.removesuffix(".weight")
         if not separator or half not in ("A", "B"):
-            raise CheckpointError(f"adapter {directory} holds {stored_name}, which is no lora_A or lora_B weight; only plain LoRA adapters can be merged")
+            raise CheckpointError(
+                f"adapter {directory} holds {stored_name}, which is no lora_A or lora_B weight; only "
+                "plain LoRA adapters can be merged"
+            )
         halves.setdefault(module, {})[half] = handle.get_tensor(stored_name)
     pairs: dict[str, tuple[Tensor, Tensor, float]] = {}
     for module, pair in halves.items():
@@ -162,7 +168,11 @@ def check_shapes(weights: Weights, expected: Shapes, source: str) -> None:
     found = weights.shapes
     missing = [name for name in expected if name not in found]
     surplus = [name for name in found if name not in expected]
-    wrong = [f"{name} is {_shape(found[name])}, expected {_shape(shape)}" for name, shape in expected.items() if name in found and found[name] != shape]
+    wrong = [
+        f"{name} is {_shape(found[name])}, expected {_shape(shape)}"
+        for name, shape in expected.items()
+        if name in found and found[name] != shape
+    ]
     faults = [
         f"{len(names)} {kind}: {_listing(names)}"
         for kind, names in (("missing", missing), ("not known to the model", surplus), ("of the wrong shape", wrong))
@@ -177,19 +187,31 @@ def _require_plain_lora(config: Mapping[str, Any], directory: Path) -> None:
         raise CheckpointError(f"adapter {directory} is of type {config.get('peft_type')!r}, expected LORA")
     for option in ("use_dora", "fan_in_fan_out", "modules_to_save", "use_qalora", "lora_bias"):
         if config.get(option):
-            raise CheckpointError(f"adapter {directory} sets {option} = {config[option]}, which cannot be merged; merge it with PEFT and export the result")
+            raise CheckpointError(
+                f"adapter {directory} sets {option} = {config[option]}, which cannot be merged; merge it "
+                "with PEFT and export the result"
+            )
     if config.get("bias", "none") != "none":
-        raise CheckpointError(f'adapter {directory} trains biases (bias = "{config["bias"]}"); merge it with PEFT and export the result')
+        raise CheckpointError(
+            f'adapter {directory} trains biases (bias = "{config["bias"]}"); merge it with PEFT and export the result'
+        )
 
 
-def _checked_pair(base: Weights, directory: Path, module: str, name: str, pair: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+def _checked_pair(
+    base: Weights, directory: Path, module: str, name: str, pair: Mapping[str, Tensor]
+) -> tuple[Tensor, Tensor]:
     if name not in base.shapes:
-        raise CheckpointError(f"adapter {directory} changes {module}, which the model does not have; it was trained for another model")
+        raise CheckpointError(
+            f"adapter {directory} changes {module}, which the model does not have; it was trained for another model"
+        )
     if set(pair) != {"A", "B"}:
         raise CheckpointError(f"adapter {directory} has only half of the LoRA pair of {module}; fetch it again")
     made = (pair["B"].shape[0], pair["A"].shape[1])
     if made != base.shapes[name] or pair["A"].shape[0] != pair["B"].shape[1]:
-        raise CheckpointError(f"adapter {directory} makes {_shape(made)} for {name}, expected {_shape(base.shapes[name])}; it was trained for another model")
+        raise CheckpointError(
+            f"adapter {directory} makes {_shape(made)} for {name}, expected {_shape(base.shapes[name])}; "
+            "it was trained for another model"
+        )
     return pair["A"], pair["B"]
 
 
@@ -206,13 +228,22 @@ def _shard_paths(directory: Path) -> list[Path]:
         names = sorted(set(_read_json(index, f"{index} is damaged").get("weight_map", {}).values()))
         missing = [name for name in names if not (directory / name).is_file()]
         if missing or not names:
-            raise CheckpointError(f"{directory} lacks {len(missing)} of the {len(names)} shards in its index: {_listing(missing)}; fetch them again")
+            raise CheckpointError(
+                f"{directory} lacks {len(missing)} of the {len(names)} shards in its index: "
+                f"{_listing(missing)}; fetch them again"
+            )
         return [directory / name for name in names]
     if single.is_file():
         return [single]
     if any(directory.glob("pytorch_model*.bin")):
-        raise CheckpointError(f"{directory} holds pickled weights (pytorch_model.bin), which are not read; save it again with safe_serialization=True")
-    raise CheckpointError(f"{directory} holds no model.safetensors and no model.safetensors.index.json; give a complete checkpoint, or use --weights random")
+        raise CheckpointError(
+            f"{directory} holds pickled weights (pytorch_model.bin), which are not read; save it again "
+            "with safe_serialization=True"
+        )
+    raise CheckpointError(
+        f"{directory} holds no model.safetensors and no model.safetensors.index.json; give a complete "
+        "checkpoint, or use --weights random"
+    )
 
 
 def _open_shard(path: Path) -> Any:
@@ -221,7 +252,9 @@ def _open_shard(path: Path) -> Any:
     except FileNotFoundError:
         raise CheckpointError(f"{path} is missing; fetch it again") from None
     except (SafetensorError, OSError) as error:
-        raise CheckpointError(f"{path} is damaged or truncated ({path.stat().st_size:,} bytes: {error}); fetch it again") from error
+        raise CheckpointError(
+            f"{path} is damaged or truncated ({path.stat().st_size:,} bytes: {error}); fetch it again"
+        ) from error
 
 
 def _read_json(path: Path, problem: str) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 import tomllib
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -48,7 +49,7 @@ def parse_recipe(name: str, table: Mapping[str, Any]) -> Recipe:
             raise RecipeError(f"recipe {name} has no table {key!r}{nearest(key, known)}")
     if "model" not in table:
         raise RecipeError(f"recipe {name} needs a table [model] with family and checkpoint")
-    parsed = {key: parse_table(cls, table.get(key, {}), f"[{key}]") for key, cls in sections.items()}
+    parsed: dict[str, Any] = {key: parse_table(cls, table.get(key, {}), f"[{key}]") for key, cls in sections.items()}
     return Recipe(
         name=str(table.get("name", name)),
         description=str(table.get("description", "")),
@@ -57,11 +58,43 @@ def parse_recipe(name: str, table: Mapping[str, Any]) -> Recipe:
     )
 
 
-def recipe_toml(recipe: Recipe) -> str:
-    """Write a recipe as TOML with every default filled in."""
+def override(
+    recipe: Recipe,
+    *,
+    model: str | None = None,
+    weights: str | None = None,
+    num_layers: int | None = None,
+    adapter: str | None = None,
+    dtype: str | None = None,
+) -> Recipe:
+    """Return the recipe with the options of the command line; None leaves what it says.
+
+    Raises:
+        RecipeError: a value is not known, or two contradict each other.
+    """
+    if model is not None and weights is None:
+        weights = "checkpoint"  # who names a checkpoint wants its weights, also where the recipe's are random
+    table = table_of(recipe)
+    changes = {"checkpoint": model, "weights": weights, "num_layers": num_layers, "adapter": adapter}
+    table["model"] |= {key: value for key, value in changes.items() if value is not None}
+    if dtype is not None:
+        table["export"]["dtype"] = dtype
+    parsed = {
+        key: parse_table(cls, table[key], f"[{key}]") for key, cls in (("model", ModelTable), ("export", ExportTable))
+    }
+    return replace(recipe, **parsed)
+
+
+def recipe_table(recipe: Recipe) -> dict[str, Any]:
+    """Return a recipe as plain tables with every default filled in."""
     table = table_of(recipe)
     table["compress"] = [{"method": step.method, **table_of(step.options)} for step in recipe.compress]
-    return tomli_w.dumps(table)
+    return table
+
+
+def recipe_toml(recipe: Recipe) -> str:
+    """Write a recipe as TOML with every default filled in."""
+    return tomli_w.dumps(recipe_table(recipe))
 
 
 def _parse_compress(steps: object) -> tuple[CompressTable, ...]:
@@ -80,11 +113,15 @@ def _read(name_or_path: str) -> tuple[str, dict[str, Any]]:
     path = Path(name_or_path)
     if path.suffix == ".toml" or path.parent != Path():
         if not path.is_file():
-            raise RecipeError(f"there is no recipe file {name_or_path}; give a path that exists, or a name from 'tokexport list'")
+            raise RecipeError(
+                f"there is no recipe file {name_or_path}; give a path that exists, or a name from 'tokexport list'"
+            )
         return path.stem, _loads(path.read_bytes(), name_or_path)
     if name_or_path not in list_recipes():
         raise RecipeError(f"there is no recipe {name_or_path!r}{nearest(name_or_path, list_recipes())}")
-    return name_or_path, _loads((resources.files("tokexport.recipes") / f"{name_or_path}.toml").read_bytes(), name_or_path)
+    return name_or_path, _loads(
+        (resources.files("tokexport.recipes") / f"{name_or_path}.toml").read_bytes(), name_or_path
+    )
 
 
 def _loads(content: bytes, where: str) -> dict[str, Any]:

@@ -9,6 +9,7 @@ from tokexport.errors import RecipeError
 DType = Literal["float32", "float16", "bfloat16"]
 WeightSource = Literal["checkpoint", "random"]
 
+
 def _at_least(name: str, value: int, least: int) -> None:
     if value < least:
         raise RecipeError(f"{name} = {value} must be at least {least}")
@@ -89,4 +90,3 @@ class Recipe:
     export: ExportTable = ExportTable()
     session: SessionTable = SessionTable()
     plan: PlanTable = PlanTable()
-

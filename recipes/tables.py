@@ -56,7 +56,7 @@ def _parse_value(hint: Any, value: object, where: str) -> Any:
         if not isinstance(value, (list, tuple)):
             raise RecipeError(f"{where} must be a list, not {_shown(value)}")
         return tuple(_parse_value(args[0], entry, f"{where}[{index}]") for index, entry in enumerate(value))
-    if is_dataclass(hint):
+    if isinstance(hint, type) and is_dataclass(hint):
         return parse_table(hint, value, where)
     if origin is not None and issubclass(origin, Mapping):
         if not isinstance(value, Mapping):
@@ -73,7 +73,9 @@ def _parse_union(args: tuple[Any, ...], value: object, where: str) -> Any:
     remaining = [choice for choice in args if choice is not type(None)]
     if len(remaining) == 1:
         return _parse_value(remaining[0], value, where)
-    raise RecipeError(f"{where} must be {' or '.join(_TYPE_WORDS.get(c, str(c)) for c in remaining)}, not {_shown(value)}")
+    raise RecipeError(
+        f"{where} must be {' or '.join(_TYPE_WORDS.get(c, str(c)) for c in remaining)}, not {_shown(value)}"
+    )
 
 
 def _parse_scalar(hint: Any, value: object, where: str) -> Any:

@@ -5,9 +5,10 @@ Run ``python -m tokexport.training.mini_assets`` to write them again; the result
 
 from pathlib import Path
 
-import tokexport.recipes
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import CLIPImageProcessorPil, LlavaConfig, LlavaProcessor, PreTrainedTokenizerFast
+
+import tokexport.recipes
 
 VOCABULARY = 512
 SPECIAL_TOKENS = ["<unk>", "<s>", "</s>", "<pad>", "<image>"]
@@ -22,9 +23,9 @@ CHAT_TEMPLATE = (
     "{% if add_generation_prompt %}{{ 'ASSISTANT:' }}{% endif %}"
 )
 
-_SHAPES = "circle square triangle star cross ring diamond heart hexagon arrow".split()
-_COLOURS = "red green blue yellow orange purple white black grey pink brown cyan".split()
-_PLACES = "top bottom left right middle corner centre edge row column upper lower".split()
+_SHAPES = ["circle", "square", "triangle", "star", "cross", "ring", "diamond", "heart", "hexagon", "arrow"]
+_COLOURS = ["red", "green", "blue", "yellow", "orange", "purple", "white", "black", "grey", "pink", "brown", "cyan"]
+_PLACES = ["top", "bottom", "left", "right", "middle", "corner", "centre", "edge", "row", "column", "upper", "lower"]
 _FRAMES = [
     "What is the {colour} {shape} at the {place}?",
     "What colour is the {shape} in the {place} {place2}?",

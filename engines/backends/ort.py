@@ -3,7 +3,7 @@
 import onnx_ir as ir
 
 from tokexport.engines.backend import Backend, SessionOptions
-from tokexport.engines.backends.ort_portable import OrtSession
+from tokexport.engines.backends.ort_portable import CPU_DTYPES, OrtSession
 from tokexport.errors import ExportError
 from tokexport.exporter.bundle import Bundle
 from tokexport.exporter.passes.ort_group_query_attention import FuseGroupQueryAttention
@@ -15,7 +15,10 @@ class Ort(Backend):
     Rewriting takes milliseconds and no weights, so it is done on opening and not stored.
     """
 
+    dtypes = CPU_DTYPES
+
     def open(self, bundle: Bundle, options: SessionOptions) -> OrtSession:
+        self.require(bundle.recipe.export.dtype)
         return OrtSession(bundle, options, rewritten_decoder(bundle))
 
 
@@ -29,5 +32,8 @@ def rewritten_decoder(bundle: Bundle) -> bytes:
     fuse = FuseGroupQueryAttention()
     fuse(model)
     if fuse.count != bundle.spec.num_layers:
-        raise ExportError(f"{fuse.count} of {bundle.spec.num_layers} attentions were fused for ONNX Runtime; the graph is not one of tokexport's")
+        raise ExportError(
+            f"{fuse.count} of {bundle.spec.num_layers} attentions were fused for ONNX Runtime; the graph "
+            "is not one of tokexport's"
+        )
     return ir.to_proto(model).SerializeToString()

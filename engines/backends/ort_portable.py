@@ -3,13 +3,13 @@
 The graphs are standard ONNX, so this is also what any other runtime computes. ``ort`` is faster.
 """
 
-import os
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
 from tokexport.engines.backend import Array, Backend, DecoderStep, Session, SessionOptions
+from tokexport.engines.environment import available_cores
 from tokexport.errors import BackendUnavailableError, InputError
 from tokexport.exporter.bundle import Bundle
 from tokexport.exporter.graph_io import GraphName, cache_names
@@ -17,13 +17,22 @@ from tokexport.exporter.graph_io import GraphName, cache_names
 try:
     import onnxruntime as ort
 except ImportError as error:
-    raise BackendUnavailableError("ONNX Runtime is not installed; install it with: pip install 'tokexport[cpu]'") from error
+    raise BackendUnavailableError(
+        "ONNX Runtime is not installed; install it with: pip install 'tokexport[cpu]'"
+    ) from error
+
+
+# Its CPU kernels do not compute in bfloat16.
+CPU_DTYPES = ("float32", "float16")
 
 
 class OrtPortable(Backend):
     """The graphs of the artefact, unchanged."""
 
+    dtypes = CPU_DTYPES
+
     def open(self, bundle: Bundle, options: SessionOptions) -> "OrtSession":
+        self.require(bundle.recipe.export.dtype)
         return OrtSession(bundle, options, _graph_file(bundle, "decoder_model_merged"))
 
 
@@ -42,7 +51,7 @@ class OrtSession(Session):
 
     def __init__(self, bundle: Bundle, options: SessionOptions, decoder: bytes) -> None:
         super().__init__(bundle.spec, bundle.plan, options)
-        self._dtype = np.dtype(_numpy_dtype(bundle.recipe.export.dtype))
+        self._dtype = np.dtype(bundle.recipe.export.dtype)
         folder = bundle.path / "onnx"
         self._vision = inference_session(_graph_file(bundle, "vision_encoder"), folder, threads=options.threads)
         self._embedding = inference_session(_graph_file(bundle, "embed_tokens"), folder, threads=options.threads)
@@ -60,16 +69,17 @@ class OrtSession(Session):
                 self._binding.bind_ortvalue_output(present, value)
 
     def encode_images(self, pixel_values: NDArray[np.float32]) -> Array:
-        return self._vision.run(["image_features"], {"pixel_values": pixel_values.astype(self._dtype)})[0]
+        return np.asarray(self._vision.run(["image_features"], {"pixel_values": pixel_values.astype(self._dtype)})[0])
 
     def embed(self, input_ids: NDArray[np.int64]) -> Array:
-        return self._embedding.run(["inputs_embeds"], {"input_ids": input_ids})[0]
+        return np.asarray(self._embedding.run(["inputs_embeds"], {"input_ids": input_ids})[0])
 
     def decode(self, step: DecoderStep) -> NDArray[np.float32]:
         if step.prefix_embeds.shape[0] != 1:
             raise InputError(f"a session runs batch 1, not {step.prefix_embeds.shape[0]}")
         for name, array in step.inputs().items():
-            self._binding.bind_cpu_input(name, np.ascontiguousarray(array))
+            dtype = self._dtype if np.issubdtype(array.dtype, np.floating) else array.dtype
+            self._binding.bind_cpu_input(name, np.ascontiguousarray(array, dtype))
         self._binding.bind_output("logits", "cpu")
         self._decoder.run_with_iobinding(self._binding)
         return self._binding.get_outputs()[0].numpy().astype(np.float32, copy=False)
@@ -83,16 +93,10 @@ class OrtSession(Session):
         return sum(value.numpy().nbytes for value in self._cache.values())
 
 
-def _numpy_dtype(dtype: str) -> type:
-    if dtype == "bfloat16":
-        raise BackendUnavailableError("ONNX Runtime's CPU kernels do not compute in bfloat16; export with --dtype float32 to run here")
-    return np.dtype(dtype).type
-
-
 def inference_session(graph: bytes, folder: Path, *, threads: int | None) -> "ort.InferenceSession":
     """Open a serialised graph whose weights lie in ``folder``."""
     settings = ort.SessionOptions()
-    settings.intra_op_num_threads = threads or len(os.sched_getaffinity(0))
+    settings.intra_op_num_threads = threads or available_cores()
     settings.log_severity_level = 3
     settings.add_session_config_entry("session.model_external_initializers_file_folder_path", str(folder))
     return ort.InferenceSession(graph, settings, providers=["CPUExecutionProvider"])

@@ -4,10 +4,8 @@ Weights are read from the checkpoint, not from the artefact, so that comparing t
 that the weights arrived.
 """
 
-import os
 import re
 from collections.abc import Callable
-from dataclasses import replace
 
 import numpy as np
 import torch
@@ -15,10 +13,11 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from tokexport.engines.backend import Array, Backend, DecoderStep, Session, SessionOptions
-from tokexport.errors import CheckpointError
+from tokexport.engines.environment import available_cores
+from tokexport.engines.source import source_design
 from tokexport.exporter.bundle import Bundle
-from tokexport.exporter.checkpoint import fingerprint, open_weights
-from tokexport.exporter.export import Design, design, weight_names
+from tokexport.exporter.checkpoint import open_weights
+from tokexport.exporter.export import Design, weight_names
 from tokexport.exporter.graph_io import GRAPHS, GraphName
 from tokexport.exporter.weights import Weights
 
@@ -30,35 +29,17 @@ class TorchEager(Backend):
         return TorchSession(source_design(bundle, options.model), options)
 
 
-def source_design(bundle: Bundle, model: str | None) -> Design:
-    """Return the design an artefact was made from, its checkpoint at hand.
-
-    Args:
-        bundle: the artefact.
-        model: where its checkpoint lies now, None for where it lay.
-
-    Raises:
-        CheckpointError: the checkpoint is gone or another one.
-    """
-    recipe = bundle.recipe
-    if model is not None:
-        recipe = replace(recipe, model=replace(recipe.model, checkpoint=model))
-    made = design(recipe)
-    if fingerprint(made.model) != bundle.manifest.model.fingerprint:
-        raise CheckpointError(f"{recipe.model.checkpoint} is not the checkpoint that {bundle.path} was made from; give the right one with --model")
-    return made
-
-
 class TorchSession(Session):
     """The modules of a design with their weights, in the precision of the export."""
 
     def __init__(self, made: Design, options: SessionOptions) -> None:
         super().__init__(made.model.spec, made.plan, options)
-        torch.set_num_threads(options.threads or len(os.sched_getaffinity(0)))
+        torch.set_num_threads(options.threads or available_cores())
         self._dtype = getattr(torch, made.recipe.export.dtype)
         self._modules = _loaded_modules(made, self._dtype)
         self._cache = [
-            (self._empty(self.capacities[group]), self._empty(self.capacities[group])) for group in made.plan.group_of_layer
+            (self._empty(self.capacities[group]), self._empty(self.capacities[group]))
+            for group in made.plan.group_of_layer
         ]
 
     @torch.inference_mode()
@@ -74,7 +55,11 @@ class TorchSession(Session):
             return lambda _module, _inputs, output: outputs.__setitem__(name, _to_numpy(output))
 
         tapped = re.compile(r"vision_tower\.encoder\.layers\.\d+|multi_modal_projector")
-        hooks = [module.register_forward_hook(note(name)) for name, module in encoder.named_modules() if tapped.fullmatch(name)]
+        hooks = [
+            module.register_forward_hook(note(name))
+            for name, module in encoder.named_modules()
+            if tapped.fullmatch(name)
+        ]
         encoder(self._tensor(pixel_values))
         for hook in hooks:
             hook.remove()

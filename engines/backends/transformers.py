@@ -1,6 +1,5 @@
 """``transformers``, uncompressed, with its fused attention: the numerical truth and the baseline of every speed-up."""
 
-import os
 from typing import Any
 
 import numpy as np
@@ -9,7 +8,8 @@ from numpy.typing import NDArray
 from transformers import DynamicCache, PreTrainedModel
 
 from tokexport.engines.backend import Array, Backend, DecoderStep, Session, SessionOptions
-from tokexport.engines.backends.torch_eager import source_design
+from tokexport.engines.environment import available_cores
+from tokexport.engines.source import source_design
 from tokexport.errors import ParityError
 from tokexport.exporter.bundle import Bundle
 from tokexport.exporter.checkpoint import open_weights
@@ -31,14 +31,16 @@ class TransformersSession(Session):
 
     def __init__(self, made: Design, options: SessionOptions) -> None:
         super().__init__(made.model.spec, TokenPlan.uncompressed(made.model.spec), options)
-        torch.set_num_threads(options.threads or len(os.sched_getaffinity(0)))
+        torch.set_num_threads(options.threads or available_cores())
         self._dtype = getattr(torch, made.recipe.export.dtype)
         self.model = load_reference(made)
         self._cache = DynamicCache()
 
     @torch.inference_mode()
     def encode_images(self, pixel_values: NDArray[np.float32]) -> Array:
-        features = self._inner.get_image_features(pixel_values=torch.from_numpy(pixel_values).to(self._dtype)).pooler_output
+        features = self._inner.get_image_features(
+            pixel_values=torch.from_numpy(pixel_values).to(self._dtype)
+        ).pooler_output
         return torch.stack(tuple(features)).float().numpy()
 
     @torch.inference_mode()
@@ -87,9 +89,10 @@ def load_reference(made: Design) -> PreTrainedModel:
     dtype = getattr(torch, made.recipe.export.dtype)
     model.load_state_dict({name: weights.load(name).to(dtype) for name in model.state_dict()}, strict=True, assign=True)
     model = _with_real_buffers(model, made)
-    used = {model.config.get_text_config()._attn_implementation, model.config.vision_config._attn_implementation}
+    parts = (model.config.get_text_config(), model.config.vision_config)
+    used = {str(getattr(part, "_attn_implementation", None)) for part in parts}
     if used != {"sdpa"}:
-        raise ParityError(f"transformers would run with the attention {sorted(map(str, used))}, expected sdpa")
+        raise ParityError(f"transformers would run with the attention {sorted(used)}, expected sdpa")
     return model.eval().requires_grad_(False)
 
 

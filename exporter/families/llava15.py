@@ -8,7 +8,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import LlavaConfig, LlavaForConditionalGeneration, PreTrainedConfig, PreTrainedModel
+from transformers import (
+    CLIPVisionConfig,
+    LlamaConfig,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from tokexport.errors import CheckpointError, RecipeError, nearest
@@ -37,12 +44,17 @@ class Llava15(Family):
         try:
             table = json.loads(path.read_text())
         except FileNotFoundError:
-            raise CheckpointError(f"{directory} has no config.json; give the directory of a LLaVA-1.5 checkpoint saved by transformers") from None
+            raise CheckpointError(
+                f"{directory} has no config.json; give the directory of a LLaVA-1.5 checkpoint saved by transformers"
+            ) from None
         except (OSError, ValueError) as error:
             raise CheckpointError(f"{path} cannot be read as JSON ({error}); fetch the checkpoint again") from error
         model_type = table.get("model_type") if isinstance(table, dict) else None
         if model_type != "llava":
-            raise CheckpointError(f'{path} describes a model of type {model_type!r}, expected "llava"; family llava15 takes LLaVA-1.5 checkpoints only')
+            raise CheckpointError(
+                f'{path} describes a model of type {model_type!r}, expected "llava"; family llava15 takes '
+                "LLaVA-1.5 checkpoints only"
+            )
         return LlavaConfig.from_pretrained(directory)
 
     def make_config(self, base: PreTrainedConfig | None, changes: Mapping[str, Any]) -> PreTrainedConfig:
@@ -54,26 +66,33 @@ class Llava15(Family):
 
     def spec(self, config: PreTrainedConfig) -> VlmSpec:
         assert isinstance(config, LlavaConfig)
-        text, vision = config.text_config, config.vision_config
-        _require("text_config.model_type", text.model_type, "llama")
+        _require("text_config.model_type", _model_type(config.text_config), "llama")
+        _require("vision_config.model_type", _model_type(config.vision_config), "clip_vision_model")
+        text, vision = _text_config(config), _vision_config(config)
         _require("text_config.hidden_act", text.hidden_act, "silu")
-        _require("vision_config.model_type", vision.model_type, "clip_vision_model")
         _require("vision_feature_select_strategy", config.vision_feature_select_strategy, "default")
-        _require("rope_type", text.rope_parameters.get("rope_type", "default"), "default", "linear", "llama3")
+        rope: Any = text.rope_parameters
+        _require("rope_type", rope.get("rope_type", "default"), "default", "linear", "llama3")
         if not isinstance(config.vision_feature_layer, int):
-            raise CheckpointError(f"vision_feature_layer = {config.vision_feature_layer} takes several layers, which LLaVA-1.5 does not; expected one number")
-        side = vision.image_size // vision.patch_size
+            raise CheckpointError(
+                f"vision_feature_layer = {config.vision_feature_layer} takes several layers, which "
+                "LLaVA-1.5 does not; expected one number"
+            )
+        image_size, patch_size = vision.image_size, vision.patch_size
+        if not isinstance(image_size, int) or not isinstance(patch_size, int):
+            raise CheckpointError(f"image_size = {image_size} and patch_size = {patch_size} must be whole numbers")
+        side = image_size // patch_size
         return VlmSpec(
             family="llava15",
             num_layers=text.num_hidden_layers,
             hidden_size=text.hidden_size,
             intermediate_size=text.intermediate_size,
             num_heads=text.num_attention_heads,
-            num_kv_heads=text.num_key_value_heads,
+            num_kv_heads=text.num_key_value_heads or text.num_attention_heads,
             head_dim=text.head_dim or text.hidden_size // text.num_attention_heads,
             vocab_size=text.vocab_size,
             max_positions=text.max_position_embeddings,
-            image_size=vision.image_size,
+            image_size=image_size,
             vision_grid=(side, side),
         )
 
@@ -90,7 +109,7 @@ class Llava15(Family):
 
     def decoder(self, config: PreTrainedConfig, bottlenecks: Mapping[int, Bottleneck]) -> Decoder:
         assert isinstance(config, LlavaConfig)
-        text, spec = config.text_config, self.spec(config)
+        text, spec = _text_config(config), self.spec(config)
         sizes = DecoderConfig(
             hidden_size=spec.hidden_size,
             intermediate_size=spec.intermediate_size,
@@ -107,13 +126,29 @@ class Llava15(Family):
 
     def token_embedding(self, config: PreTrainedConfig) -> nn.Module:
         assert isinstance(config, LlavaConfig)
-        return nn.Embedding(config.text_config.vocab_size, config.text_config.hidden_size)
+        text = _text_config(config)
+        return nn.Embedding(text.vocab_size, text.hidden_size)
 
     def reference_model(self, config: PreTrainedConfig) -> PreTrainedModel:
+        assert isinstance(config, LlavaConfig)
         return LlavaForConditionalGeneration(config)
 
 
-def _rope_tables(text: PreTrainedConfig) -> tuple[Tensor, Tensor]:
+def _text_config(config: LlavaConfig) -> LlamaConfig:
+    assert isinstance(config.text_config, LlamaConfig)
+    return config.text_config
+
+
+def _vision_config(config: LlavaConfig) -> CLIPVisionConfig:
+    assert isinstance(config.vision_config, CLIPVisionConfig)
+    return config.vision_config
+
+
+def _model_type(config: object) -> str:
+    return str(getattr(config, "model_type", None))
+
+
+def _rope_tables(text: LlamaConfig) -> tuple[Tensor, Tensor]:
     """Return cosines and sines of every position, (R, E / 2) each, on the CPU even under the meta device."""
     with torch.device("cpu"):
         rope = LlamaRotaryEmbedding(text)
@@ -124,7 +159,9 @@ def _rope_tables(text: PreTrainedConfig) -> tuple[Tensor, Tensor]:
 
 def _require(name: str, value: object, *expected: str) -> None:
     if value not in expected:
-        raise CheckpointError(f"{name} = {value!r} is not supported by family llava15; expected {' or '.join(map(repr, expected))}")
+        raise CheckpointError(
+            f"{name} = {value!r} is not supported by family llava15; expected {' or '.join(map(repr, expected))}"
+        )
 
 
 def _merged(table: Mapping[str, Any], changes: Mapping[str, Any], where: str) -> dict[str, Any]:

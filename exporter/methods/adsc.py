@@ -6,6 +6,7 @@ that stay. In a graph every bottleneck is a gather with a constant index.
 """
 
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from typing import TYPE_CHECKING, Literal, Self
 
 from tokexport.errors import RecipeError
@@ -55,7 +56,9 @@ class Adsc(Method):
             raise RecipeError(f"[[compress]] adsc phase = {self.phase} must be at least 0 and below 1")
         layers = [drop.layer for drop in self.drops]
         if layers != sorted(set(layers)):
-            raise RecipeError(f"[[compress]] adsc drops name the layers {layers}; each must be larger than the one before")
+            raise RecipeError(
+                f"[[compress]] adsc drops name the layers {layers}; each must be larger than the one before"
+            )
 
     def plan(self, spec: VlmSpec, arriving: TokenPlan) -> TokenPlan:
         plan = arriving
@@ -78,20 +81,25 @@ class Adsc(Method):
         plan = self.plan(spec, arriving)
         counts = [_arriving_at(arriving, self.drops[0].layer), *(plan.per_layer[drop.layer] for drop in self.drops)]
         if self.pattern == "stride":
-            kept = [stride_index(n, m, self.phase) for n, m in zip(counts, counts[1:], strict=False)]
+            kept = [stride_index(n, m, self.phase) for n, m in pairwise(counts)]
         else:
             grids = self._grids(plan, arriving)
-            kept = [grid_index(before, after, self.phase) for before, after in zip(grids, grids[1:], strict=False)]
+            kept = [grid_index(before, after, self.phase) for before, after in pairwise(grids)]
         return {drop.layer: index for drop, index in zip(self.drops, kept, strict=True)}
 
     def for_num_layers(self, before: int, after: int) -> Self:
         layers = scaled_layers([drop.layer for drop in self.drops], before, after)
-        return replace(self, drops=tuple(replace(drop, layer=layer) for drop, layer in zip(self.drops, layers, strict=True)))
+        return replace(
+            self, drops=tuple(replace(drop, layer=layer) for drop, layer in zip(self.drops, layers, strict=True))
+        )
 
     def _grids(self, plan: TokenPlan, arriving: TokenPlan) -> list[tuple[int, int]]:
         """Return rows and columns before the first bottleneck and behind each."""
         if arriving.grid is None or _arriving_at(arriving, self.drops[0].layer) != arriving.entering_llm:
-            raise RecipeError('[[compress]] adsc pattern = "grid" needs a full grid of tokens, which an earlier method broke; use pattern = "stride"')
+            raise RecipeError(
+                '[[compress]] adsc pattern = "grid" needs a full grid of tokens, which an earlier method '
+                'broke; use pattern = "stride"'
+            )
         grids = [arriving.grid]
         for drop in self.drops:
             keep = plan.per_layer[drop.layer]

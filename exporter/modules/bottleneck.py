@@ -3,7 +3,7 @@
 B batch, T decoder tokens that arrive, D width, N vision tokens of a call, M kept ones
 """
 
-from typing import Protocol
+from abc import ABC, abstractmethod
 
 import torch
 from torch import Tensor, nn
@@ -12,15 +12,21 @@ from tokexport.exporter.method import PositionPolicy
 from tokexport.exporter.modules import ops
 
 
-class Bottleneck(Protocol):
-    """Thins the vision span of hidden states or positions."""
+class Bottleneck(nn.Module, ABC):
+    """Thins the vision span of hidden states or positions.
+
+    Attributes:
+        positions: which rotary positions the tokens behind it have.
+    """
 
     positions: PositionPolicy
 
-    def __call__(self, x_BT: Tensor, num_before: int, num_vision: int) -> Tensor: ...
+    @abstractmethod
+    def forward(self, x_BT: Tensor, num_before: int, num_vision: int) -> Tensor:
+        """Return ``x_BT``, (B, T) or (B, T, D), with M of the tokens from ``num_before`` on, for N of them."""
 
 
-class StaticGather(nn.Module):
+class StaticGather(Bottleneck):
     """Keep the vision tokens of a constant index, whatever the image.
 
     In a graph this is one ``Gather`` on the vision span. The index is cut to the number of vision
@@ -37,7 +43,6 @@ class StaticGather(nn.Module):
         self.register_buffer("index_M", torch.tensor(index, dtype=torch.int64, device="cpu"), persistent=False)
 
     def forward(self, x_BT: Tensor, num_before: int, num_vision: int) -> Tensor:
-        """Return ``x_BT``, (B, T) or (B, T, D), with M of the tokens from ``num_before`` on, for N of them."""
         end = num_before + num_vision
         kept = ops.keep_tokens(x_BT[:, num_before:end], self.index_M)
         return torch.cat((x_BT[:, :num_before], kept, x_BT[:, end:]), dim=1)

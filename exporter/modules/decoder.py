@@ -141,7 +141,7 @@ class Decoder(nn.Module):
         self.layers = nn.ModuleList(DecoderLayer(config) for _ in range(config.num_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
-        self.bottlenecks = nn.ModuleDict({str(layer): module for layer, module in bottlenecks.items()})
+        self.bottlenecks = nn.ModuleDict({str(layer): bottleneck for layer, bottleneck in bottlenecks.items()})
         self.register_buffer("cos_RE", rope_tables[0], persistent=False)
         self.register_buffer("sin_RE", rope_tables[1], persistent=False)
 
@@ -177,10 +177,13 @@ class Decoder(nn.Module):
         for index, layer in enumerate(self.layers):
             if str(index) in self.bottlenecks:
                 bottleneck = self.bottlenecks[str(index)]
+                assert isinstance(bottleneck, Bottleneck)
                 x_BTD = bottleneck(x_BTD, num_before, num_vision)
                 group += 1
                 span = Span(past_lengths[group], past_lengths[group] + x_BTD.shape[1])
-                rope = replace(rope, position_BT=self._positions(bottleneck, rope.position_BT, span, num_before, num_vision))
+                rope = replace(
+                    rope, position_BT=self._positions(bottleneck, rope.position_BT, span, num_before, num_vision)
+                )
                 num_vision = x_BTD.shape[1] - num_before - num_after
             x_BTD, cache = layer(x_BTD, rope, past_key_values[index], span)
             caches.append(cache)

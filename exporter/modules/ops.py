@@ -11,7 +11,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from onnxscript.onnx_opset import opset24 as onnx_op
+from onnxscript.onnx_opset import opset24
 from torch import Tensor
 from torch.nn import functional
 
@@ -46,6 +46,10 @@ def _(x_BHTE: Tensor, cos_RE: Tensor, sin_RE: Tensor, position_BT: Tensor) -> Te
     return torch.empty_like(x_BHTE)
 
 
+# The signatures of onnxscript speak of ONNX values, while tracing hands it symbols.
+onnx_op: Any = opset24
+
+
 @torch.library.custom_op("tokexport::split_heads", mutates_args=())
 def _split_heads(x_BTX: Tensor, head_dim: int) -> Tensor:
     return x_BTX.unflatten(2, (-1, head_dim)).transpose(1, 2).contiguous()
@@ -73,7 +77,7 @@ def _keep_tokens(span_BN: Tensor, index_M: Tensor) -> Tensor:
 
 @_keep_tokens.register_fake
 def _(span_BN: Tensor, index_M: Tensor) -> Tensor:
-    num_kept = torch.sym_min(span_BN.shape[1], index_M.shape[0])
+    num_kept: Any = torch.sym_min(span_BN.shape[1], index_M.shape[0])
     return span_BN.new_empty(span_BN.shape[0], num_kept, *span_BN.shape[2:])
 
 

@@ -4,10 +4,11 @@ B images, N vision tokens, M after compression, C width of the tower, D width of
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import CLIPVisionModel, LlavaConfig
+from transformers import CLIPVisionConfig, CLIPVisionModel, LlavaConfig
 from transformers.models.llava.modeling_llava import LlavaMultiModalProjector
 
 
@@ -20,10 +21,12 @@ class ClipVisionEncoder(nn.Module):
 
     def __init__(self, config: LlavaConfig, stages: Sequence[nn.Module]) -> None:
         super().__init__()
-        vision_config = type(config.vision_config).from_dict(config.vision_config.to_dict())
+        assert isinstance(config.vision_config, CLIPVisionConfig)
+        vision_config = CLIPVisionConfig.from_dict(config.vision_config.to_dict())
+        assert isinstance(vision_config, CLIPVisionConfig)
         vision_config.num_hidden_layers = _num_layers_used(config)
-        vision_config._attn_implementation = "sdpa"
-        self.vision_tower = CLIPVisionModel(vision_config)
+        self.vision_tower: Any = CLIPVisionModel(vision_config)
+        self.vision_tower.set_attn_implementation("sdpa")
         self.vision_tower.post_layernorm = nn.Identity()  # feeds only the pooled output, which LLaVA leaves out
         # A buffer is data, also where the weights stand on the meta device.
         embeddings = self.vision_tower.embeddings
@@ -47,6 +50,7 @@ def _num_layers_used(config: LlavaConfig) -> int:
 
     Hidden state 0 is the embedding, so the state -2 of a tower of L layers is the output of L - 1.
     """
-    layer, total = config.vision_feature_layer, config.vision_config.num_hidden_layers
+    layer, vision = config.vision_feature_layer, config.vision_config
     assert isinstance(layer, int)
-    return layer if layer >= 0 else total + 1 + layer
+    assert isinstance(vision, CLIPVisionConfig)
+    return layer if layer >= 0 else vision.num_hidden_layers + 1 + layer

@@ -60,7 +60,15 @@ class FuseGroupQueryAttention(InPlacePass):
         last, total = self._lengths_of(new, length)
         outputs = new.op_multi_out(
             "GroupQueryAttention",
-            inputs=[rotated_query, rotated_key, _unsplit(value_write.inputs[1]), key_write.inputs[0], value_write.inputs[0], last, total],
+            inputs=[
+                rotated_query,
+                rotated_key,
+                _unsplit(value_write.inputs[1]),
+                key_write.inputs[0],
+                value_write.inputs[0],
+                last,
+                total,
+            ],
             attributes={"num_heads": num_heads, "kv_num_heads": num_kv_heads},
             domain=DOMAIN,
             num_outputs=3,
@@ -69,7 +77,7 @@ class FuseGroupQueryAttention(InPlacePass):
         graph.insert_before(attention, new.nodes)
         old = (merge_reshape.outputs[0], key_write.outputs[0], value_write.outputs[0])
         for before, after in zip(old, outputs, strict=True):
-            after.name, after.shape, after.dtype = before.name, before.shape, before.dtype
+            after.name, after.shape, after.type = before.name, before.shape, before.type
         ir.convenience.replace_all_uses_with(old, outputs, replace_graph_outputs=True)
         graph.remove([merge_reshape, merge_transpose, attention, key_write, value_write], safe=True)
 
@@ -100,7 +108,8 @@ def _unsplit(value: ir.Value | None) -> ir.Value:
 
 
 def _num_heads(value: ir.Value | None) -> int:
-    assert value is not None and value.shape is not None
+    assert value is not None
+    assert value.shape is not None
     return cast(int, value.shape[1])
 
 
@@ -108,12 +117,18 @@ def _producer(value: ir.Value | None, op_type: str) -> ir.Node:
     node = value.producer() if value is not None else None
     if node is None or node.op_type != op_type:
         found = node.op_type if node is not None else "no node"
-        raise ExportError(f"{value.name if value else 'an input'} comes from {found}, expected {op_type}; the attention cannot be fused")
+        raise ExportError(
+            f"{value.name if value else 'an input'} comes from {found}, expected {op_type}; the attention "
+            "cannot be fused"
+        )
     return node
 
 
 def _only_user(value: ir.Value, op_type: str) -> ir.Node:
     users = value.consumers()
     if len(users) != 1 or users[0].op_type != op_type:
-        raise ExportError(f"{value.name} is used by {[user.op_type for user in users]}, expected one {op_type}; the attention cannot be fused")
+        raise ExportError(
+            f"{value.name} is used by {[user.op_type for user in users]}, expected one {op_type}; the "
+            "attention cannot be fused"
+        )
     return users[0]

@@ -1,0 +1,472 @@
+"""The command line: options in, one call, results out. No logic lives here.
+
+Imports stand inside the commands, so that ``tokexport --help`` does not wait for torch.
+"""
+
+import json
+import signal
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict
+from pathlib import Path
+from types import FrameType
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import click
+
+from tokexport.engines.terminal import Terminal
+from tokexport.errors import GateError, InputError, ParityError, TokexportError
+
+if TYPE_CHECKING:
+    from tokexport.engines.generate import Sampling
+    from tokexport.engines.model import Chat, Vlm
+    from tokexport.recipes.schema import Recipe
+
+Command = TypeVar("Command", bound=Callable[..., Any])
+_EXIT_INTERRUPTED = 130
+
+
+def _recipe_options(command: Command) -> Command:
+    options = [
+        click.option(
+            "--recipe",
+            "-r",
+            "recipe_name",
+            default="mini_adsc",
+            show_default=True,
+            help="Name of a recipe, or path of a TOML file.",
+        ),
+        click.option("--model", help="Checkpoint directory or hub id instead of the recipe's."),
+        click.option(
+            "--weights",
+            type=click.Choice(["checkpoint", "random"]),
+            help="Read the checkpoint, or make random weights of its architecture.",
+        ),
+        click.option(
+            "--num-layers",
+            type=click.IntRange(min=1),
+            help="Cut a model with random weights to so many decoder layers.",
+        ),
+        click.option("--adapter", type=click.Path(path_type=Path), help="LoRA adapter directory (PEFT) to merge."),
+        click.option("--dtype", type=click.Choice(["float32", "float16", "bfloat16"]), help="Precision of the graphs."),
+        click.option(
+            "--set",
+            "settings",
+            multiple=True,
+            metavar="KEY=VALUE",
+            help="Change a value of the recipe, e.g. compress.0.phase=0.5.",
+        ),
+    ]
+    return _with(command, options)
+
+
+def _engine_options(command: Command) -> Command:
+    options = [
+        click.option("--backend", default="ort", show_default=True, help="Engine; 'tokexport doctor' lists them."),
+        click.option("--threads", type=click.IntRange(min=1), help="CPU threads, by default one per core."),
+    ]
+    return _with(command, options)
+
+
+def _answer_options(command: Command) -> Command:
+    options = [
+        click.option(
+            "--image",
+            "images",
+            multiple=True,
+            type=click.Path(path_type=Path),
+            help="Image file; may be given more than once.",
+        ),
+        click.option("--max-new-tokens", default=64, show_default=True, help="Longest answer."),
+        click.option("--temperature", default=0.0, show_default=True, help="0 takes the likeliest token."),
+        click.option("--top-k", default=0, show_default=True, help="Draw from so many tokens; 0 is all."),
+        click.option("--top-p", default=1.0, show_default=True, help="Draw from tokens holding this probability."),
+        click.option("--seed", default=0, show_default=True, help="Of the draws."),
+        click.option(
+            "--max-text-tokens", type=click.IntRange(min=1), help="Room for text in the cache, by default the recipe's."
+        ),
+        click.option(
+            "--max-images", type=click.IntRange(min=0), help="Room for images in the cache, by default the recipe's."
+        ),
+        click.option("--model", help="Checkpoint, for engines that run from it."),
+    ]
+    return _with(command, options)
+
+
+def _output_options(command: Command) -> Command:
+    options = [
+        click.option("--json", "as_json", is_flag=True, help="One JSON document on stdout."),
+        click.option("--quiet", "-q", is_flag=True, help="Nothing for people on stderr but errors."),
+    ]
+    return _with(command, options)
+
+
+def _with(command: Command, options: list[Callable[[Any], Any]]) -> Command:
+    for option in reversed(options):
+        command = option(command)
+    return command
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.version_option(package_name="tokexport")
+def cli() -> None:
+    """Compile LLaVA checkpoints with token compression into ONNX graphs, prove them, measure them."""
+
+
+@cli.command()
+@_recipe_options
+@click.option("--out", "-o", type=click.Path(path_type=Path), help="Directory of the artefact, by default out/RECIPE.")
+@_engine_options
+@click.option("--overwrite", is_flag=True, help="Replace an artefact that stands there.")
+@click.option(
+    "--verify/--no-verify", "with_verify", default=True, help="Prove the artefact before it is put in its place."
+)
+@click.option("--bench/--no-bench", "with_bench", default=True, help="Measure it shortly.")
+@_output_options
+def build(
+    out: Path | None,
+    backend: str,
+    threads: int | None,
+    overwrite: bool,
+    with_verify: bool,
+    with_bench: bool,
+    as_json: bool,
+    quiet: bool,
+    **recipe: Any,
+) -> None:
+    """Export a recipe, verify it, measure it: one artefact."""
+    from tokexport.engines.build import build as build_artefact
+    from tokexport.engines.tables import bench_tables, verify_table
+
+    loaded, terminal = _recipe(**recipe), Terminal(quiet=quiet)
+    place = out or Path("out") / loaded.name
+    with terminal.working():
+        built = build_artefact(
+            loaded,
+            place,
+            backend=backend,
+            threads=threads,
+            overwrite=overwrite,
+            with_verify=with_verify,
+            with_bench=with_bench,
+            progress=terminal.step,
+            tick=terminal.tick,
+        )
+    verified = built.verification.report() if built.verification else None
+    measured = built.bench.report() if built.bench else None
+    if verified:
+        terminal.show(verify_table(verified))
+    if measured:
+        terminal.show(*bench_tables(measured))
+    terminal.show(
+        f"[green]built[/] {built.bundle.path}", f"  ask it:  tokexport run {place} --image FILE --prompt TEXT"
+    )
+    if as_json:
+        _print_json(
+            {
+                "path": str(built.bundle.path),
+                "plan": built.bundle.read_report("plan.json"),
+                "verify": verified,
+                "bench": measured,
+            }
+        )
+
+
+@cli.command()
+@_recipe_options
+@click.option("--out", "-o", type=click.Path(path_type=Path), help="Directory of the artefact, by default out/RECIPE.")
+@click.option("--overwrite", is_flag=True, help="Replace an artefact that stands there.")
+@_output_options
+def export(out: Path | None, overwrite: bool, as_json: bool, quiet: bool, **recipe: Any) -> None:
+    """Write the ONNX graphs only, without running them."""
+    from tokexport.engines.build import export_only
+
+    loaded, terminal = _recipe(**recipe), Terminal(quiet=quiet)
+    with terminal.working():
+        bundle = export_only(loaded, out or Path("out") / loaded.name, overwrite=overwrite, progress=terminal.step)
+    terminal.show(f"[green]exported[/] {bundle.path}; not verified")
+    if as_json:
+        _print_json({"path": str(bundle.path), "plan": bundle.read_report("plan.json")})
+
+
+@cli.command()
+@_recipe_options
+@click.option("--text-tokens", type=click.IntRange(min=0), help="Text tokens of the prompt, by default the recipe's.")
+@click.option(
+    "--solve",
+    metavar="KIND=PART",
+    help="Propose drop schedules that keep this part of the vision KV cache (kv=0.433) or of the FLOPs (flops=0.46).",
+)
+@_output_options
+def plan(text_tokens: int | None, solve: str | None, as_json: bool, quiet: bool, **recipe: Any) -> None:
+    """Say how many tokens reach each layer and what that costs, without reading weights."""
+    from tokexport.engines.tables import plan_tables, proposals_table
+    from tokexport.exporter.export import planned
+    from tokexport.exporter.solve import Budget, propose
+
+    budget = Budget.parse(solve) if solve else None
+    made, report = planned(_recipe(**recipe), text_tokens=text_tokens)
+    terminal = Terminal(quiet=quiet)
+    terminal.show(*plan_tables(report, made.plan))
+    if budget is not None:
+        proposals = [
+            proposal.table()
+            for proposal in propose(made.model.spec, budget, text_tokens=report["prompt_tokens"]["text"])
+        ]
+        report = {**report, "proposals": proposals}
+        terminal.show(proposals_table(proposals))
+    if as_json:
+        _print_json(report)
+
+
+@cli.command()
+@click.argument("artefact", type=click.Path(path_type=Path))
+@_engine_options
+@click.option("--model", help="The checkpoint, if it has moved since the build.")
+@_output_options
+def verify(artefact: Path, backend: str, threads: int | None, model: str | None, as_json: bool, quiet: bool) -> None:
+    """Prove that an artefact computes what its checkpoint does. Exit code 3 if not."""
+    from tokexport.engines.build import repro_folder, verify_artefact
+    from tokexport.engines.parity import failure_text
+    from tokexport.engines.tables import verify_table
+
+    terminal = Terminal(quiet=quiet)
+    with terminal.working():
+        verification = verify_artefact(artefact, backend=backend, threads=threads, model=model, progress=terminal.step)
+    report = verification.report()
+    terminal.show(verify_table(report))
+    if as_json:
+        _print_json(report)
+    if not verification.passed:
+        raise ParityError(failure_text(verification, repro_folder(artefact)))
+
+
+@cli.command()
+@click.argument("artefact", type=click.Path(path_type=Path))
+@_engine_options
+@click.option("--model", help="The checkpoint, if it has moved since the build.")
+@click.option("--text-tokens", type=click.IntRange(min=1), help="Text tokens of the prompt, by default the recipe's.")
+@click.option("--new-tokens", default=16, show_default=True, type=click.IntRange(min=1), help="Tokens of the answer.")
+@click.option("--repeats", default=7, show_default=True, type=click.IntRange(min=1), help="Measured runs of every row.")
+@click.option(
+    "--control",
+    "controls",
+    multiple=True,
+    default=["sample", "random"],
+    show_default=True,
+    help="Method to compare with at the same number of tokens.",
+)
+@click.option("--gate", is_flag=True, help="Exit with code 4 if a figure misses its bar.")
+@_output_options
+def bench(artefact: Path, gate: bool, as_json: bool, quiet: bool, **options: Any) -> None:
+    """Measure {PyTorch, engine} x {all tokens, compressed} beside the plan's prediction."""
+    from tokexport.engines.bench import bench_artefact
+    from tokexport.engines.tables import bench_tables
+
+    terminal = Terminal(quiet=quiet)
+    with terminal.working():
+        report = bench_artefact(artefact, progress=terminal.step, tick=terminal.tick, **options).report()
+    terminal.show(*bench_tables(report))
+    if as_json:
+        _print_json(report)
+    missed = [
+        f"{entry['meaning']} is {entry['value']:.3g}, bar {entry['bar']:g}"
+        for entry in report["gates"]
+        if not entry["passed"]
+    ]
+    if gate and missed:
+        raise GateError(f"{len(missed)} figures miss their bars: {'; '.join(missed)}")
+
+
+@cli.command()
+@click.argument("artefact", type=click.Path(path_type=Path))
+@click.option("--prompt", "-p", required=True, help="The question.")
+@_answer_options
+@_engine_options
+@_output_options
+def run(artefact: Path, prompt: str, images: tuple[Path, ...], as_json: bool, quiet: bool, **options: Any) -> None:
+    """Answer one question about images, streaming."""
+    vlm, chat_ = _open_chat(artefact, options)
+    for piece in chat_.stream(prompt, images):
+        if not as_json:
+            click.echo(piece, nl=False)
+    if as_json:
+        _print_json(asdict(chat_.last))
+    else:
+        click.echo()
+    _show_timing(Terminal(quiet=quiet), chat_, vlm)
+
+
+@cli.command()
+@click.argument("artefact", type=click.Path(path_type=Path))
+@_answer_options
+@_engine_options
+@_output_options
+def chat(artefact: Path, images: tuple[Path, ...], as_json: bool, quiet: bool, **options: Any) -> None:
+    """Talk in several turns on one cache. /image FILE adds an image, /reset starts anew, /quit ends."""
+    terminal = Terminal(quiet=quiet)
+    vlm, chat_ = _open_chat(artefact, options)
+    terminal.show("[dim]/image FILE adds an image to the next question, /reset starts anew, /quit ends[/]")
+    waiting = list(images)
+    for line in _questions():
+        command, _, argument = line.partition(" ")
+        if command == "/quit":
+            return
+        if command == "/image":
+            waiting.append(Path(argument.strip()))
+        elif command == "/reset":
+            chat_, waiting = _new_chat(vlm, options), list(images)
+        elif command.startswith("/"):
+            terminal.show(f"[yellow]there is no command {command}; /image FILE, /reset and /quit are known[/]")
+        else:
+            waiting = _turn(chat_, line, waiting, as_json=as_json)
+
+
+@cli.command()
+@click.argument("artefact", type=click.Path(path_type=Path))
+@_output_options
+def inspect(artefact: Path, as_json: bool, quiet: bool) -> None:
+    """Show what an artefact holds: model, recipe, graphs, inputs and outputs."""
+    from tokexport.engines.tables import bundle_tables, describe_bundle
+    from tokexport.exporter.bundle import Bundle
+
+    bundle = Bundle.open(artefact)
+    description = describe_bundle(bundle)
+    Terminal(quiet=quiet).show(*bundle_tables(bundle, description))
+    if as_json:
+        _print_json(description)
+
+
+@cli.command("list")
+@_output_options
+def list_(as_json: bool, quiet: bool) -> None:
+    """List recipes, methods, families and engines."""
+    from tokexport.engines.doctor import list_everything
+    from tokexport.engines.tables import new_table
+
+    found = list_everything()
+    if as_json:
+        _print_json(found)
+        return
+    for kind, entries in found.items():
+        table = new_table(kind, "")
+        for name, text in entries.items():
+            table.add_row(name, text)
+        Terminal(quiet=quiet).show(table)
+
+
+@cli.command()
+@_output_options
+def doctor(as_json: bool, quiet: bool) -> None:
+    """Say what this machine can build and run, and what is missing for the rest."""
+    from tokexport.engines.doctor import examine
+    from tokexport.engines.tables import new_table
+
+    report = examine()
+    table = new_table("", "", title="environment", show_header=False)
+    for name, value in report["environment"].items():
+        table.add_row(
+            name, ", ".join(f"{k} {v}" for k, v in value.items()) if isinstance(value, Mapping) else str(value)
+        )
+    engines = new_table("engine", "", title="engines")
+    for entry in report["engines"]:
+        engines.add_row(entry["name"], "[green]ready[/]" if entry["available"] else f"[yellow]{entry['reason']}[/]")
+    Terminal(quiet=quiet).show(table, engines)
+    if as_json:
+        _print_json(report)
+
+
+def main() -> None:
+    """Run the command line and exit with the code of what happened."""
+    signal.signal(signal.SIGTERM, _interrupt)
+    try:
+        sys.exit(cli.main(standalone_mode=False) or 0)
+    except TokexportError as error:
+        _fail(str(error), error.exit_code)
+    except click.UsageError as error:
+        error.show()
+        sys.exit(2)
+    except click.ClickException as error:
+        _fail(error.format_message(), 1)
+    except (click.Abort, KeyboardInterrupt):
+        _fail("interrupted; nothing was left behind", _EXIT_INTERRUPTED)
+    except MemoryError:
+        _fail("not enough memory; use fewer layers, a smaller model or a machine with more", 1)
+    except BrokenPipeError:
+        sys.stderr.close()
+        sys.exit(1)
+
+
+def _interrupt(_signal: int, _frame: FrameType | None) -> None:
+    raise KeyboardInterrupt
+
+
+def _fail(text: str, code: int) -> None:
+    click.echo(f"error: {' '.join(text.split())}", err=True)
+    sys.exit(code)
+
+
+def _recipe(*, recipe_name: str, settings: tuple[str, ...], adapter: Path | None, **changes: Any) -> "Recipe":
+    from tokexport.recipes.load import load_recipe, override
+
+    return override(load_recipe(recipe_name, settings), adapter=None if adapter is None else str(adapter), **changes)
+
+
+def _open_chat(artefact: Path, options: dict[str, Any]) -> tuple["Vlm", "Chat"]:
+    from tokexport.engines.model import load
+
+    _sampling(options)  # a wrong number is said before the model is opened
+    opening = ("backend", "threads", "max_text_tokens", "max_images", "model")
+    vlm = load(artefact, **{name: options[name] for name in opening})
+    return vlm, _new_chat(vlm, options)
+
+
+def _new_chat(vlm: "Vlm", options: dict[str, Any]) -> "Chat":
+    return vlm.chat(max_new_tokens=options["max_new_tokens"], sampling=_sampling(options))
+
+
+def _sampling(options: dict[str, Any]) -> "Sampling":
+    from tokexport.engines.generate import Sampling
+
+    return Sampling(**{name: options[name] for name in ("temperature", "top_k", "top_p", "seed")})
+
+
+def _questions() -> Iterator[str]:
+    """Yield lines until the input ends; only a person gets a prompt sign."""
+    while True:
+        if sys.stdin.isatty():
+            click.echo("> ", nl=False, err=True)
+        line = sys.stdin.readline()
+        if not line:
+            return
+        if line.strip():
+            yield line.strip()
+
+
+def _turn(chat_: "Chat", question: str, images: list[Path], *, as_json: bool) -> list[Path]:
+    """Ask and print; return the images that still wait for a question."""
+    try:
+        for piece in chat_.stream(question, images):
+            if not as_json:
+                click.echo(piece, nl=False)
+    except InputError as error:
+        if not sys.stdin.isatty():
+            raise
+        click.echo(f"error: {error}", err=True)
+        return []
+    click.echo(json.dumps(asdict(chat_.last))) if as_json else click.echo()
+    return []
+
+
+def _show_timing(terminal: Terminal, chat_: "Chat", vlm: "Vlm") -> None:
+    answer = chat_.last
+    terminal.show(
+        f"[dim]{answer.prompt_tokens} text tokens, first token after {answer.ttft_ms:.0f} ms, "
+        f"{len(answer.token_ids)} tokens in {answer.total_ms:.0f} ms, cache {vlm.session.kv_bytes / 1e6:.1f} MB[/]"
+    )
+    if vlm.bundle.manifest.model.weights == "random":
+        terminal.show("[dim]the weights are random, so the answer means nothing[/]")
+
+
+def _print_json(document: Mapping[str, Any]) -> None:
+    click.echo(json.dumps(document, indent=2))

@@ -1,0 +1,119 @@
+"""The main job: export, verify, measure, and only then put the artefact in its place."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from tokexport.engines.backend import DEFAULT_BACKEND, SessionOptions, load_backend
+from tokexport.engines.bench import Bench, bench
+from tokexport.engines.parity import Verification, failure_text, verify
+from tokexport.engines.report import write_reports
+from tokexport.errors import ParityError
+from tokexport.exporter.bundle import Bundle, BundleWriter
+from tokexport.exporter.export import design, export
+from tokexport.recipes.schema import Recipe
+
+_SHORT_BENCH_REPEATS = 3
+Progress = Callable[[str], None]
+Tick = Callable[[int, int], None]
+
+
+@dataclass(frozen=True)
+class Built:
+    """A finished artefact with what was found out about it, None for what was left out."""
+
+    bundle: Bundle
+    verification: Verification | None
+    bench: Bench | None
+
+
+def build(
+    recipe: Recipe,
+    out: Path,
+    *,
+    backend: str = DEFAULT_BACKEND,
+    threads: int | None = None,
+    overwrite: bool = False,
+    with_verify: bool = True,
+    with_bench: bool = True,
+    progress: Progress = lambda _: None,
+    tick: Tick = lambda _done, _total: None,
+) -> Built:
+    """Make an artefact from a recipe.
+
+    Nothing is left at ``out`` unless every step succeeded; a failed proof leaves its inputs and
+    outputs in a folder beside it.
+
+    Args:
+        recipe: what to make.
+        out: the directory of the artefact.
+        backend: the engine to verify and measure.
+        threads: CPU threads, None for as many as there are cores.
+        overwrite: replace an artefact that stands there.
+        with_verify: climb the parity ladder.
+        with_bench: make a short benchmark, without control arms.
+        progress: told what is being done.
+        tick: told how many of all measured runs are done.
+
+    Raises:
+        RecipeError, CheckpointError, BundleError: see ``design`` and ``export``.
+        ParityError: the artefact does not compute what the checkpoint does.
+    """
+    # An engine that cannot do it is found out before the work, not behind it.
+    load_backend(backend).require(recipe.export.dtype)
+    made = design(recipe)
+    repro = repro_folder(out)
+    with BundleWriter(out, overwrite=overwrite) as writer:
+        bundle = export(made, writer, progress)
+        options = SessionOptions.for_bundle(bundle, threads=threads)
+        verification = measured = None
+        if with_verify:
+            verification = verify(
+                bundle, backend, options, repro=repro, progress=lambda text: progress(f"verifying {text}")
+            )
+            bundle.write_report("verify.json", verification.report())
+            if not verification.passed:
+                raise ParityError(failure_text(verification, repro))
+        if with_bench:
+            measured = bench(
+                bundle, backend, options, repeats=_SHORT_BENCH_REPEATS, controls=(), progress=progress, tick=tick
+            )
+            bundle.write_report("bench.json", measured.report())
+        progress("writing the report")
+        write_reports(bundle)
+        return Built(writer.commit(), verification, measured)
+
+
+def export_only(recipe: Recipe, out: Path, *, overwrite: bool = False, progress: Progress = lambda _: None) -> Bundle:
+    """Write the graphs without running anything."""
+    made = design(recipe)
+    with BundleWriter(out, overwrite=overwrite) as writer:
+        export(made, writer, progress)
+        return writer.commit()
+
+
+def verify_artefact(
+    path: Path,
+    *,
+    backend: str = DEFAULT_BACKEND,
+    threads: int | None = None,
+    model: str | None = None,
+    progress: Progress = lambda _: None,
+) -> Verification:
+    """Prove an artefact again, every checksum and the whole ladder, and write its report.
+
+    A failure leaves its inputs and outputs beside the artefact; see ``repro_folder``.
+    """
+    progress("hashing files")
+    bundle = Bundle.open(path, check_all=True)
+    options = SessionOptions.for_bundle(bundle, threads=threads, model=model)
+    verification = verify(bundle, backend, options, repro=repro_folder(path), progress=progress)
+    bundle.write_report("verify.json", verification.report())
+    write_reports(bundle)
+    return verification
+
+
+def repro_folder(out: Path) -> Path:
+    """Return where a failed proof of ``out`` leaves its inputs and outputs."""
+    absolute = out.expanduser().absolute()
+    return absolute.with_name(f"{absolute.name}.repro")

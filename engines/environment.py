@@ -1,0 +1,48 @@
+"""The machine and the libraries that a measurement was made with."""
+
+import os
+import platform
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from tokexport.exporter.bundle import library_versions
+
+
+@dataclass(frozen=True, kw_only=True)
+class Environment:
+    """What a reader needs to judge a figure."""
+
+    cpu: str
+    cores: int
+    memory_bytes: int
+    os: str
+    python: str
+    threads: int
+    versions: dict[str, str] = field(default_factory=dict)
+
+
+def available_cores() -> int:
+    """Return the cores that this process may run on."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def describe_environment(threads: int | None = None) -> Environment:
+    """Return the environment of this process."""
+    import psutil
+
+    return Environment(
+        cpu=_cpu_name(),
+        cores=available_cores(),
+        memory_bytes=psutil.virtual_memory().total,
+        os=platform.platform(terse=True),
+        python=platform.python_version(),
+        threads=threads or available_cores(),
+        versions=library_versions(),
+    )
+
+
+def _cpu_name() -> str:
+    path = Path("/proc/cpuinfo")
+    lines = path.read_text().splitlines() if path.is_file() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()

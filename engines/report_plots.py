@@ -1,0 +1,171 @@
+"""The plots of the report, as SVG that stands inside an HTML page and takes its colours from it."""
+
+import io
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from markupsafe import Markup
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+_MAX_LABEL = 28
+_MAX_LABELLED_RUNS = 12
+# Placeholders: in the SVG they become the page's CSS colours of these names, so that one drawing
+# reads well on light and on dark.
+_NAMES = ("paper", "ink", "muted", "rule", "kept", "gone", "vision", "control")
+_COLOURS = {name: f"#01020{number}" for number, name in enumerate(_NAMES)}
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerRun:
+    """Consecutive decoder layers with the same number of vision tokens; ``last`` is inclusive."""
+
+    first: int
+    last: int
+    tokens: int
+
+    @property
+    def layers(self) -> str:
+        return str(self.first) if self.first == self.last else f"{self.first}-{self.last}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class TimeBar:
+    """Where one arm's time goes, in ms; ``text`` is written at the end of the bar."""
+
+    label: str
+    text: str
+    vision: float
+    prefill: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class GainBar:
+    """One arm's speed-up, and what the plan predicted; ``text`` is written inside the bar."""
+
+    label: str
+    text: str
+    measured: float
+    predicted: float | None
+    is_control: bool
+
+
+def draw_tokens(title: str, alt: str, runs: Sequence[LayerRun], emitted: int) -> Markup:
+    """Draw the vision tokens that enter each decoder layer, before those that were removed."""
+    num_layers = runs[-1].last + 1
+
+    def paint(axes: "Axes") -> None:
+        kept = [run.tokens for run in runs for _ in range(run.first, run.last + 1)]
+        gone = [emitted] * num_layers
+        axes.bar(range(num_layers), gone, width=0.82, color=_COLOURS["gone"], label=f"all tokens ({emitted})")
+        axes.bar(range(num_layers), kept, width=0.82, color=_COLOURS["kept"], label="kept")
+        for run in runs if len(runs) <= _MAX_LABELLED_RUNS else ():
+            middle, above = (run.first + run.last) / 2, run.tokens + 0.02 * emitted
+            axes.text(middle, above, str(run.tokens), ha="center", weight="bold")
+        axes.set_xlim(-0.6, num_layers - 0.4)
+        axes.set_ylim(0, 1.15 * emitted)
+        axes.set_xlabel("decoder layer, counted from 0")
+        axes.locator_params(axis="x", integer=True)
+        axes.grid(axis="y")
+
+    return _draw(title, alt, (12.6, 3.0), paint)
+
+
+def draw_times(title: str, alt: str, bars: Sequence[TimeBar]) -> Markup:
+    """Draw how the time of each arm divides into vision and prefill."""
+
+    def paint(axes: "Axes") -> None:
+        rows = range(len(bars))
+        vision, prefill = [bar.vision for bar in bars], [bar.prefill for bar in bars]
+        axes.barh(rows, vision, height=0.62, color=_COLOURS["vision"], label="vision and projector")
+        axes.barh(rows, prefill, height=0.62, left=vision, color=_COLOURS["kept"], label="prefill")
+        for row, bar in enumerate(bars):
+            end = bar.vision + bar.prefill
+            axes.annotate(bar.text, (end, row), (6, 0), textcoords="offset points", va="center")
+        _label_rows(axes, [bar.label for bar in bars], "ms, shorter is better")
+
+    return _draw(title, alt, _size_for(len(bars)), paint)
+
+
+def draw_gains(title: str, alt: str, bars: Sequence[GainBar]) -> Markup:
+    """Draw the measured speed-up of each arm and a marker where the plan predicted it."""
+
+    def paint(axes: "Axes") -> None:
+        for is_control, colour, label in ((False, "kept", "measured"), (True, "control", "measured, control")):
+            if rows := [row for row, bar in enumerate(bars) if bar.is_control == is_control]:
+                gains = [bars[row].measured for row in rows]
+                axes.barh(rows, gains, height=0.62, color=_COLOURS[colour], label=label)
+        if predicted := [(bar.predicted, row) for row, bar in enumerate(bars) if bar.predicted is not None]:
+            colours = {"color": _COLOURS["vision"], "edgecolors": _COLOURS["ink"]}
+            axes.scatter(*zip(*predicted, strict=True), s=50, marker="D", label="predicted", zorder=3, **colours)
+        for row, bar in enumerate(bars):
+            # Inside the bar: beside it, the prediction's marker would claim the figure.
+            label = axes.annotate(bar.text, (bar.measured, row), (-7, 0), textcoords="offset points")
+            label.set(ha="right", va="center", color=_COLOURS["paper"], weight="bold")
+        axes.axvline(1.0, color=_COLOURS["muted"], linewidth=1.0, linestyle=(0, (4, 3)))
+        _label_rows(axes, [bar.label for bar in bars], "prefill speed-up over all tokens on the same engine")
+
+    return _draw(title, alt, _size_for(len(bars)), paint)
+
+
+def _size_for(num_bars: int) -> tuple[float, float]:
+    return 6.2, 1.2 + 0.38 * num_bars
+
+
+def _label_rows(axes: "Axes", labels: Sequence[str], unit: str) -> None:
+    short = [label if len(label) <= _MAX_LABEL else f"{label[: _MAX_LABEL - 1]}…" for label in labels]
+    axes.set_yticks(range(len(short)), short)
+    axes.invert_yaxis()
+    axes.margins(x=0.2)
+    axes.set_xlim(left=0)
+    axes.set_xlabel(unit)
+    axes.grid(axis="x")
+
+
+def _draw(title: str, alt: str, size: tuple[float, float], paint: Callable[["Axes"], None]) -> Markup:
+    """Paint into one pair of axes, ``size`` inches wide and high."""
+    # Imported here: it takes half a second that the rest of the program need not wait for.
+    import matplotlib as mpl
+    from matplotlib.figure import Figure
+
+    settings: dict[Any, Any] = {
+        "svg.fonttype": "none",
+        "svg.hashsalt": title,
+        "text.parse_math": False,
+        "axes.axisbelow": True,
+        "text.color": _COLOURS["ink"],
+        "axes.labelcolor": _COLOURS["muted"],
+        "xtick.color": _COLOURS["muted"],
+        "ytick.color": _COLOURS["ink"],
+        "grid.color": _COLOURS["rule"],
+        "font.size": 10.5,
+    }
+    legend = {"loc": "lower left", "bbox_to_anchor": (0, 1), "ncols": 3, "frameon": False, "handlelength": 1.0}
+    with mpl.rc_context(settings):
+        figure = Figure(figsize=size, layout="constrained")
+        axes = figure.subplots()
+        axes.spines[:].set_visible(False)
+        axes.tick_params(length=0)
+        paint(axes)
+        axes.legend(**legend)
+        buffer = io.StringIO()
+        no_metadata = dict.fromkeys(("Date", "Creator", "Format", "Type"))
+        figure.savefig(buffer, format="svg", transparent=True, metadata=no_metadata)
+    return _inlined(buffer.getvalue(), title, alt)
+
+
+def _inlined(svg: str, title: str, alt: str) -> Markup:
+    """Return a drawing without what belongs to a file: prolog, namespaces, page-wide styles, common ids."""
+    drawing = svg[svg.index("<svg") :]
+    drawing = re.sub(r"<style.*?</style>", "", drawing, flags=re.DOTALL)
+    drawing = re.sub(r'<g id="[^"]*"', "<g", drawing).replace("xlink:href=", "href=")
+    for name, colour in _COLOURS.items():
+        drawing = drawing.replace(colour, f"var(--{name})")
+    view_box = re.search(r'viewBox="[^"]*"', drawing)
+    assert view_box is not None
+    head = Markup('<svg {} role="img" aria-label="{}"><title>{}</title>').format(Markup(view_box.group()), alt, title)
+    # matplotlib escaped every label that it wrote.
+    return head + Markup(drawing[drawing.index(">") + 1 :].strip())

@@ -1,0 +1,201 @@
+"""Reports as tables for a terminal."""
+
+import re
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import onnx_ir as ir
+from rich import box
+from rich.table import Table
+
+from tokexport.exporter.bundle import Bundle
+from tokexport.exporter.graph_io import GRAPHS, GraphName, TensorIO
+from tokexport.exporter.plan import TokenPlan, keep_text
+
+
+def new_table(*columns: str, title: str = "", show_header: bool = True) -> Table:
+    """Return an empty table in the one style that all of them have."""
+    return Table(
+        *columns, title=title, title_justify="left", show_header=show_header, box=box.SIMPLE_HEAD, pad_edge=False
+    )
+
+
+def plan_tables(report: Mapping[str, Any], plan: TokenPlan) -> list[Table]:
+    """Return tokens by stretch of layers, and costs before and after."""
+    tokens = new_table("layers", "vision tokens", title=f"{report['recipe']}: vision tokens of one image")
+    if plan.entering_llm != plan.emitted:
+        tokens.add_row("before layer 0", keep_text(plan.emitted, plan.entering_llm))
+    for group in plan.groups:
+        if group.num_layers:
+            last = group.first_layer + group.num_layers - 1
+            tokens.add_row(f"{group.first_layer} to {last}", keep_text(plan.emitted, group.vision_tokens))
+    tokens.add_row("mean", keep_text(plan.emitted, plan.mean_vision_tokens))
+    text = report["prompt_tokens"]["text"]
+    costs = new_table(
+        "",
+        "full",
+        "compressed",
+        "change",
+        title=f"one image and {text} text tokens, batch 1, cache in {report['dtype']}",
+    )
+    for name, key, unit, scale in (
+        ("prefill FLOPs (decoder)", "flops", "G", 1e9),
+        ("KV cache", "kv_bytes", "MB", 1e6),
+        ("KV cache, vision only", "kv_bytes_vision", "MB", 1e6),
+    ):
+        entry = report[key]
+        costs.add_row(
+            name,
+            f"{entry['full'] / scale:,.1f} {unit}",
+            f"{entry['compressed'] / scale:,.1f} {unit}",
+            f"{-100 * entry['reduction']:+.1f} %",
+        )
+    costs.add_row("predicted prefill speed-up", "", "", f"{report['predicted_prefill_speedup']:.2f} x")
+    return [tokens, costs]
+
+
+def proposals_table(proposals: Sequence[Mapping[str, Any]]) -> Table:
+    """Return schedules that meet a budget."""
+    table = new_table("keeps KV", "keeps FLOPs", "drops", title="schedules of halvings that meet the budget")
+    for proposal in proposals:
+        table.add_row(f"{100 * proposal['kv']:.1f} %", f"{100 * proposal['flops']:.1f} %", proposal["toml"])
+    return table
+
+
+def verify_table(report: Mapping[str, Any]) -> Table:
+    """Return the ladder, checks of one kind gathered into the worst of all layers and turns."""
+    table = new_table("step", "check", "off by", "at most", "", title=f"parity, {report['dtype']}")
+    last_step = ""
+    for check in _gathered(report["checks"]):
+        found = "-" if check["max_abs_diff"] is None else f"{check['max_abs_diff']:.2g}"
+        verdict = "[green]ok[/]" if check["passed"] else "[red]failed[/]"
+        note = f" ({check['note']})" if check["note"] else ""
+        step = "" if check["step"] == last_step else check["step"]
+        last_step = check["step"]
+        table.add_row(step, check["name"], found, f"{check['tolerance']:.2g}", verdict + note)
+    return table
+
+
+def bench_tables(report: Mapping[str, Any]) -> list[Table]:
+    """Return the rows, and the figures with their bars."""
+    workload = report["workload"]
+    title = (
+        f"1 image, {workload['text_tokens']} text tokens, {workload['new_tokens']} new, median of {workload['repeats']}"
+    )
+    rows = new_table(
+        "engine",
+        "method",
+        "tokens/layer",
+        "TTFT",
+        "vision",
+        "prefill",
+        "decode/token",
+        "KV",
+        "peak memory",
+        title=title,
+    )
+    for row in report["rows"]:
+        rows.add_row(
+            row["engine"],
+            row["method"] + (" (control)" if row["is_control"] else ""),
+            f"{row['mean_vision_tokens']:.0f}",
+            f"{row['ttft_ms']['median']:.1f} ms",
+            f"{row['vision_ms']:.1f} ms",
+            f"{row['prefill_ms']:.1f} ms",
+            f"{row['decode_ms_per_token']:.2f} ms",
+            f"{row['kv_bytes'] / 1e6:.1f} MB",
+            f"{row['peak_rss_bytes'] / 1e6:,.0f} MB",
+        )
+    figures = new_table("figure", "measured", "bar", "", title=f"prefill speed-up {_ratio(report)}")
+    for gate in report["gates"]:
+        sign = "at most" if gate["is_upper"] else "at least"
+        verdict = "[green]reached[/]" if gate["passed"] else "[yellow]missed[/]"
+        figures.add_row(gate["meaning"], f"{gate['value']:.3g}", f"{sign} {gate['bar']:g}", verdict)
+    return [rows, figures]
+
+
+def _ratio(report: Mapping[str, Any]) -> str:
+    prefill, predicted, ttft = (report["speedup"][key] for key in ("prefill", "predicted_prefill", "ttft"))
+    return f"{prefill:.2f} x measured, {predicted:.2f} x predicted; TTFT {ttft:.2f} x"
+
+
+def describe_bundle(bundle: Bundle) -> dict[str, Any]:
+    """Return what ``tokexport inspect --json`` prints."""
+    manifest = bundle.manifest
+    return {
+        "path": str(bundle.path),
+        "schema_version": manifest.schema_version,
+        "versions": dict(manifest.versions),
+        "model": vars(manifest.model),
+        "recipe": manifest.recipe,
+        "vision_tokens": {
+            "emitted": bundle.plan.emitted,
+            "entering_llm": bundle.plan.entering_llm,
+            "per_layer": list(bundle.plan.per_layer),
+        },
+        "graphs": {graph: _describe_graph(bundle, graph) for graph in GRAPHS},
+        "files": dict(manifest.files),
+    }
+
+
+def bundle_tables(bundle: Bundle, description: Mapping[str, Any]) -> list[Table]:
+    """Return an artefact's model, graphs and files."""
+    model, recipe = bundle.manifest.model, bundle.recipe
+    what = new_table("", "", title=str(bundle.path), show_header=False)
+    what.add_row("recipe", f"{recipe.name}: {recipe.description}")
+    what.add_row(
+        "checkpoint", f"{model.checkpoint} ({model.weights} weights, {model.num_parameters / 1e6:,.1f} M parameters)"
+    )
+    what.add_row("fingerprint", model.fingerprint)
+    what.add_row("methods", ", ".join(step.method for step in recipe.compress) or "none")
+    what.add_row("vision tokens", keep_text(bundle.plan.emitted, bundle.plan.mean_vision_tokens) + " per layer")
+    what.add_row("precision", recipe.export.dtype)
+    what.add_row("made with", ", ".join(f"{name} {number}" for name, number in bundle.manifest.versions.items()))
+    graphs = new_table("graph", "tensor", "dtype", "shape", title="inputs and outputs")
+    for graph in GRAPHS:
+        io = bundle.graph_io(graph)
+        for arrow, tensors in (("->", io.inputs), ("<-", io.outputs)):
+            for tensor in _without_repeats(tensors):
+                graphs.add_row(graph, f"{arrow} {tensor.name}", tensor.dtype, " x ".join(map(str, tensor.shape)))
+    sizes = new_table("graph", "nodes", "weights", "operators", title="contents")
+    for graph in GRAPHS:
+        entry = description["graphs"][graph]
+        operators = ", ".join(f"{count} {name}" for name, count in entry["operators"].items())
+        sizes.add_row(graph, str(entry["nodes"]), f"{entry['weight_bytes'] / 1e6:,.1f} MB", operators)
+    return [what, graphs, sizes]
+
+
+def _describe_graph(bundle: Bundle, graph: GraphName) -> dict[str, Any]:
+    path = bundle.graph_path(graph)
+    nodes = Counter(node.op_type for node in ir.load(path).graph)
+    return {
+        "nodes": nodes.total(),
+        "operators": dict(nodes.most_common()),
+        "weight_bytes": path.with_name(f"{path.name}_data").stat().st_size,
+        "io": bundle.manifest.graphs[graph],
+    }
+
+
+def _without_repeats(tensors: Sequence[TensorIO]) -> list[TensorIO]:
+    """Leave out all layers of the cache but the first."""
+    return [
+        tensor
+        for tensor in tensors
+        if not tensor.name.split(".")[0].startswith(("past_key", "present")) or ".0." in tensor.name
+    ]
+
+
+def _gathered(checks: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """Gather checks that differ only in layer or turn into the worst of them; those that failed stand alone."""
+    worst: dict[tuple[str, str], Mapping[str, Any]] = {}
+    for number, check in enumerate(checks):
+        kind = re.sub(r"\.\d+$|, (layer|turn) \d+$", "", check["name"])
+        key = (check["step"], kind if check["passed"] else f"{kind} {number}")
+        before = worst.get(key)
+        if before is None:
+            worst[key] = check
+        else:
+            larger = max(check, before, key=lambda entry: entry["max_abs_diff"])
+            worst[key] = {**larger, "name": f"{kind}, all", "note": check["note"] or before["note"]}
+    return list(worst.values())

@@ -1,0 +1,43 @@
+"""Speaking to people while something runs: on stderr, as stdout is for answers and JSON."""
+
+import contextlib
+from collections.abc import Generator
+
+from rich.console import Console, RenderableType
+from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+
+
+class Terminal:
+    """Progress and results for people.
+
+    Args:
+        quiet: say nothing.
+    """
+
+    def __init__(self, *, quiet: bool) -> None:
+        self._console = Console(stderr=True, quiet=quiet)
+        columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(bar_width=24), TimeElapsedColumn())
+        self._progress = Progress(*columns, console=self._console, transient=True, disable=quiet)
+        self._task = self._progress.add_task("starting", total=None)
+
+    @contextlib.contextmanager
+    def working(self) -> Generator[None]:
+        """Show what is being done: a line that changes on a terminal, one line a step elsewhere."""
+        with self._progress if self._console.is_terminal else contextlib.nullcontext():
+            yield
+
+    def step(self, text: str) -> None:
+        """Say what is done now."""
+        if self._console.is_terminal:
+            self._progress.update(self._task, description=text, total=None)
+        else:
+            self._console.print(text, highlight=False)
+
+    def tick(self, done: int, total: int) -> None:
+        """Say how much of it is done."""
+        self._progress.update(self._task, completed=done, total=total)
+
+    def show(self, *items: RenderableType) -> None:
+        """Print results."""
+        for item in items:
+            self._console.print(item, highlight=False, soft_wrap=isinstance(item, str))

@@ -1,0 +1,178 @@
+"""One engine in a process of its own, measured on request.
+
+A process of its own gives every engine its own peak memory, and lets engines take turns, so that a
+machine that slows down slows all of them.
+"""
+
+import contextlib
+import multiprocessing
+import resource
+import signal
+import sys
+import threading
+import time
+from collections.abc import Generator
+from dataclasses import dataclass
+from multiprocessing.connection import Connection
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+import numpy as np
+
+from tokexport.engines.backend import Session, SessionOptions, load_backend
+from tokexport.engines.generate import IMAGE, Conversation, Sampler, Sampling
+from tokexport.errors import TokexportError
+from tokexport.exporter.bundle import Bundle
+
+_TOKENS_BEFORE_IMAGE = 5
+
+
+@dataclass(frozen=True, kw_only=True)
+class Workload:
+    """One question about one image, batch 1.
+
+    Attributes:
+        text_tokens: of the prompt.
+        new_tokens: of the answer.
+    """
+
+    text_tokens: int
+    new_tokens: int
+    seed: int = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Timing:
+    """Milliseconds of one run; ``ttft_ms`` is from pixels to the first token."""
+
+    vision_ms: float
+    prefill_ms: float
+    ttft_ms: float
+    decode_ms_per_token: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Footprint:
+    """Bytes of the cache and the most memory that the process ever held."""
+
+    kv_bytes: int
+    peak_rss_bytes: int
+
+
+class EngineProcess:
+    """An engine in another process; use it as a context.
+
+    Raises:
+        TokexportError: the engine could not be opened or a run failed; the error of the other process.
+    """
+
+    def __init__(self, path: Path, backend: str, options: SessionOptions, workload: Workload) -> None:
+        context = multiprocessing.get_context("spawn")
+        self._connection, theirs = context.Pipe()
+        self._process = context.Process(target=_serve, args=(theirs, path, backend, options, workload), daemon=True)
+        with _interrupts_ignored():
+            self._process.start()
+        theirs.close()
+
+    def __enter__(self) -> Self:
+        self._receive()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._connection.close()
+        self._process.join(timeout=2)
+        if self._process.is_alive():
+            self._process.kill()
+
+    def measure(self) -> Timing:
+        """Run the workload once."""
+        self._connection.send("measure")
+        timing = self._receive()
+        assert isinstance(timing, Timing)
+        return timing
+
+    def footprint(self) -> Footprint:
+        """Return memory figures after the runs so far."""
+        self._connection.send("footprint")
+        footprint = self._receive()
+        assert isinstance(footprint, Footprint)
+        return footprint
+
+    def _receive(self) -> object:
+        try:
+            answer = self._connection.recv()
+        except EOFError:
+            self._process.join(timeout=10)
+            raise TokexportError(
+                f"an engine's process ended with exit code {self._process.exitcode}, perhaps for lack of memory"
+            ) from None
+        if isinstance(answer, TokexportError):
+            raise answer
+        return answer
+
+
+def run_workload(session: Session, workload: Workload) -> Timing:
+    """Answer the workload's question and time its phases."""
+    generator = np.random.default_rng(workload.seed)
+    side = session.spec.image_size
+    pixel_values = generator.standard_normal((1, 3, side, side)).astype(np.float32)
+    words = [int(token) for token in generator.integers(5, session.spec.vocab_size, workload.text_tokens)]
+    place = min(_TOKENS_BEFORE_IMAGE, workload.text_tokens)
+    prompt = [*words[:place], IMAGE, *words[place:]]
+    conversation, sampler = Conversation(session), Sampler(Sampling())
+    start = time.perf_counter()
+    features = session.encode_images(pixel_values)
+    encoded = time.perf_counter()
+    logits = conversation.feed(prompt, [features])
+    sampler(logits[-1])
+    prefilled = time.perf_counter()
+    num_new = sum(1 for _ in conversation.answer(logits, sampler, max_new_tokens=workload.new_tokens, stop_ids=()))
+    decoded = time.perf_counter()
+    return Timing(
+        vision_ms=1000 * (encoded - start),
+        prefill_ms=1000 * (prefilled - encoded),
+        ttft_ms=1000 * (prefilled - start),
+        decode_ms_per_token=1000 * (decoded - prefilled) / num_new,
+    )
+
+
+def _serve(connection: Connection, path: Path, backend: str, options: SessionOptions, workload: Workload) -> None:
+    try:
+        session = load_backend(backend).open(Bundle.open(path), options)
+        connection.send("ready")
+        while True:
+            request = connection.recv()
+            if request == "measure":
+                connection.send(run_workload(session, workload))
+            else:
+                connection.send(Footprint(kv_bytes=session.kv_bytes, peak_rss_bytes=_peak_rss_bytes()))
+    except (EOFError, BrokenPipeError):
+        return
+    except TokexportError as error:
+        connection.send(error)
+
+
+def _peak_rss_bytes() -> int:
+    status = Path("/proc/self/status")
+    if status.is_file():
+        # Not getrusage: on Linux its peak is at least that of the process that started this one.
+        line = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM:"))
+        return int(line.split()[1]) * 1024
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+@contextlib.contextmanager
+def _interrupts_ignored() -> Generator[None]:
+    """Start processes deaf to Ctrl-C: this one hears it and ends them."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
