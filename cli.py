@@ -136,7 +136,7 @@ def build(
 ) -> None:
     """Export a recipe, verify it, measure it: one artefact."""
     from tokexport.engines.build import build as build_artefact
-    from tokexport.engines.tables import bench_tables, verify_table
+    from tokexport.engines.tables import bench_tables, plan_tables, verify_table
 
     loaded, terminal = _recipe(**recipe), Terminal(quiet=quiet)
     place = out or Path("out") / loaded.name
@@ -152,6 +152,8 @@ def build(
             progress=terminal.step,
             tick=terminal.tick,
         )
+    report = built.bundle.read_report("plan.json") or {}
+    terminal.show(*plan_tables(report, built.bundle.plan))
     verified = built.verification.report() if built.verification else None
     measured = built.bench.report() if built.bench else None
     if verified:
@@ -165,7 +167,7 @@ def build(
         _print_json(
             {
                 "path": str(built.bundle.path),
-                "plan": built.bundle.read_report("plan.json"),
+                "plan": report,
                 "verify": verified,
                 "bench": measured,
             }

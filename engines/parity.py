@@ -131,20 +131,20 @@ def verify(
     ladder.checks.append(_whole_model_check(truth, probe, expected, made.recipe.export.dtype))
     del truth
     progress("our modules, uncompressed")
-    ladder.climb("transformers vs reference", TorchSession(full, options), expected, taps=None)
+    ladder.climb("transformers vs reference", TorchSession(full, options), expected)
 
     progress("our modules, compressed")
     reference = TorchSession(made, options)
     expected, taps = record(reference, probe), reference.vision_layer_outputs(probe.pixel_values)
     del reference
-    ladder.checks += _index_checks(bundle, made)
-    names = [name for name in ("ort-portable", backend) if name not in ("torch-eager", "transformers")]
-    below = "reference"
-    for name in dict.fromkeys(names):
-        progress(name)
-        session = load_backend(name).open(bundle, options)
-        expected = ladder.climb(f"{below} vs {name}", session, expected, taps=taps if name == "ort-portable" else None)
-        below = name
+
+    progress("ort-portable")
+    step = "reference vs ort-portable"
+    graph_checks = [*_index_checks(step, bundle, made), *ladder.vision_checks(step, taps)]
+    expected = ladder.climb(step, load_backend("ort-portable").open(bundle, options), expected, graph_checks)
+    if backend not in ("ort-portable", "torch-eager", "transformers"):
+        progress(backend)
+        ladder.climb(f"ort-portable vs {backend}", load_backend(backend).open(bundle, options), expected)
     return Verification(tuple(ladder.checks), made.recipe.export.dtype, backend, time.perf_counter() - started)
 
 
@@ -197,12 +197,13 @@ class _Ladder:
         self._probe, self._bundle, self._repro = probe, bundle, repro
         self._tolerances = load_tolerances(dtype)
 
-    def climb(
-        self, step: str, session: Session, expected: Transcript, *, taps: dict[str, NDArray[np.float32]] | None
-    ) -> Transcript:
-        """Compare a session with what is expected, and return what it answered to the same tokens."""
+    def climb(self, step: str, session: Session, expected: Transcript, before: Sequence[Check] = ()) -> Transcript:
+        """Compare a session with what is expected, and return what it answered to the same tokens.
+
+        ``before`` are checks of the same rung that were made already.
+        """
         found = record(session, self._probe, expected.answers)
-        checks = [] if taps is None else self._vision_checks(step, taps)
+        checks = list(before)
         checks.append(
             compare_tensors(
                 "image features",
@@ -239,16 +240,13 @@ class _Ladder:
                         layer=layer,
                     )
                 )
-        if (
-            self._repro is not None
-            and all(check.passed for check in self.checks)
-            and not all(check.passed for check in checks)
-        ):
+        is_first = all(check.passed for check in self.checks) and not all(check.passed for check in checks)
+        if self._repro is not None and is_first:
             _write_repro(self._repro, self._bundle, self._probe, expected, found, checks)
         self.checks += checks
         return found
 
-    def _vision_checks(self, step: str, expected: dict[str, NDArray[np.float32]]) -> list[Check]:
+    def vision_checks(self, step: str, expected: dict[str, NDArray[np.float32]]) -> list[Check]:
         """Compare the tower layer by layer, to tell where features part."""
         found = _graph_taps(self._bundle, self._probe, list(expected))
         return [
@@ -288,7 +286,7 @@ def _whole_model_check(session: TransformersSession, probe: Probe, expected: Tra
     )
 
 
-def _index_checks(bundle: Bundle, made: Design) -> list[Check]:
+def _index_checks(step: str, bundle: Bundle, made: Design) -> list[Check]:
     """Compare the constant indices of the graphs' gathers with those of the recipe's methods."""
     checks: list[Check] = []
     modules = made.modules()
@@ -300,7 +298,7 @@ def _index_checks(bundle: Bundle, made: Design) -> list[Check]:
             stored = initializers[name].const_value if name in initializers else None
             found = np.empty(0, np.int64) if stored is None else stored.numpy()
             what = f"kept tokens, {name.removesuffix('.index_M')}"
-            checks.append(compare_indices(what, found, index.numpy(), step="reference vs ort-portable", graph=graph))
+            checks.append(compare_indices(what, found, index.numpy(), step=step, graph=graph))
     return checks
 
 

@@ -66,7 +66,7 @@ def describe_model(table: ModelTable) -> Model:
                 f"num_layers = {table.num_layers} is more than the {before} decoder layers of "
                 f"{table.checkpoint}; choose a smaller number"
             )
-        config = family.with_num_layers(config, table.num_layers)
+        config = family.make_config(config, family.layer_change(table.num_layers))
     return Model(
         table=table,
         family=family,

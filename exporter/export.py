@@ -39,8 +39,8 @@ from tokexport.exporter.modules.bottleneck import Bottleneck
 from tokexport.exporter.plan import DTYPE_BYTES, TokenPlan, plan_report
 from tokexport.exporter.trace import bind_weights, trace
 from tokexport.exporter.weights import Weights
-from tokexport.recipes.load import recipe_table, recipe_toml
-from tokexport.recipes.schema import Recipe
+from tokexport.recipes.load import merged, recipe_table, recipe_toml
+from tokexport.recipes.schema import ModelTable, Recipe
 from tokexport.recipes.tables import table_of
 
 Progress = Callable[[str], None]
@@ -112,9 +112,9 @@ def design(recipe: Recipe, *, describe: Callable[..., Model] = describe_model) -
     """
     model = describe(recipe.model)
     methods = load_methods(recipe.compress)
-    if model.spec.num_layers != model.num_layers_before_cut:
+    if recipe.model.num_layers is not None:
         methods = tuple(method.for_num_layers(model.num_layers_before_cut, model.spec.num_layers) for method in methods)
-    recipe = replace(recipe, compress=tables_of(methods))
+    recipe = replace(recipe, model=_resolved(recipe.model, model), compress=tables_of(methods))
     return Design(recipe, model, methods, arriving_plans(methods, model.spec))
 
 
@@ -202,6 +202,14 @@ def weight_names(graph: GraphName, module: nn.Module) -> dict[str, str]:
             if name.startswith(prefix):
                 names[name] = canonical + name.removeprefix(prefix)
     return names
+
+
+def _resolved(table: ModelTable, model: Model) -> ModelTable:
+    """Return the table with the cut made part of the architecture, so that it is not made twice."""
+    if table.num_layers is None:
+        return table
+    change = model.family.layer_change(table.num_layers)
+    return replace(table, num_layers=None, architecture=merged(table.architecture, change))
 
 
 def _traced(

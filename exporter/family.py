@@ -40,8 +40,8 @@ class Family(ABC):
         """
 
     @abstractmethod
-    def with_num_layers(self, config: PreTrainedConfig, num_layers: int) -> PreTrainedConfig:
-        """Return the configuration with another number of decoder layers."""
+    def layer_change(self, num_layers: int) -> Mapping[str, Any]:
+        """Return the change for ``make_config`` that sets the number of decoder layers."""
 
     @abstractmethod
     def spec(self, config: PreTrainedConfig) -> VlmSpec:

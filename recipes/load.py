@@ -138,15 +138,16 @@ def _inherit(name: str, table: dict[str, Any], seen: tuple[str, ...]) -> dict[st
     if base_name in seen:
         raise RecipeError(f"recipe {name} extends itself: {' -> '.join((*seen, base_name))}")
     base_name, base = _read(str(base_name))
-    return _merge(_inherit(base_name, base, (*seen, base_name)), table)
+    return merged(_inherit(base_name, base, (*seen, base_name)), table)
 
 
-def _merge(base: Mapping[str, Any], change: Mapping[str, Any]) -> dict[str, Any]:
-    merged = dict(base)
+def merged(base: Mapping[str, Any], change: Mapping[str, Any]) -> dict[str, Any]:
+    """Return ``base`` with ``change`` laid over it, table by table."""
+    result = dict(base)
     for key, value in change.items():
-        old = merged.get(key)
-        merged[key] = _merge(old, value) if isinstance(old, Mapping) and isinstance(value, Mapping) else value
-    return merged
+        old = result.get(key)
+        result[key] = merged(old, value) if isinstance(old, Mapping) and isinstance(value, Mapping) else value
+    return result
 
 
 def _set(table: dict[str, Any], setting: str) -> dict[str, Any]:

@@ -99,8 +99,9 @@ def load_reference(made: Design) -> PreTrainedModel:
 def _with_real_buffers(model: PreTrainedModel, made: Design) -> PreTrainedModel:
     """Give buffers that are computed, not stored, their values: they are lost on the meta device."""
     config = made.model.config
-    tiny = made.model.family.with_num_layers(config, 1)
-    source = dict(made.model.family.reference_model(tiny).named_buffers()) if _has_meta_buffers(model) else {}
+    family = made.model.family
+    tiny = family.make_config(config, family.layer_change(1))
+    source = dict(family.reference_model(tiny).named_buffers()) if _has_meta_buffers(model) else {}
     for name, buffer in list(model.named_buffers()):
         if buffer.is_meta:
             parent, _, leaf = name.rpartition(".")

@@ -61,8 +61,8 @@ class Llava15(Family):
         table = (base or LlavaConfig()).to_dict()
         return LlavaConfig.from_dict(_merged(table, changes, "[model.architecture]"))
 
-    def with_num_layers(self, config: PreTrainedConfig, num_layers: int) -> PreTrainedConfig:
-        return self.make_config(config, {"text_config": {"num_hidden_layers": num_layers}})
+    def layer_change(self, num_layers: int) -> Mapping[str, Any]:
+        return {"text_config": {"num_hidden_layers": num_layers}}
 
     def spec(self, config: PreTrainedConfig) -> VlmSpec:
         assert isinstance(config, LlavaConfig)
