@@ -122,6 +122,9 @@ class Session(ABC):
 class Backend(ABC):
     """One way to run a model."""
 
+    runtime: str
+    """The library that computes, in its own spelling."""
+
     is_compressed = True
     """Whether sessions compute with the artefact's plan, or always with all tokens."""
 

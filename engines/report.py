@@ -43,9 +43,13 @@ class Headline:
 
 @dataclass(frozen=True, kw_only=True)
 class Arm:
-    """One measured row of the bench; times in ms, gains against all tokens on the same engine and dtype."""
+    """One measured row of the bench; times in ms, gains against all tokens in the same setting.
+
+    A setting is a runtime and a dtype; two engines may share one, as those of PyTorch do.
+    """
 
     setting: str
+    engine: str
     method: str
     compressed: bool
     is_control: bool
@@ -65,7 +69,7 @@ class Arm:
 
     @property
     def label(self) -> str:
-        return f"{self.setting} {self.method}"
+        return f"{self.engine} {self.method}"
 
     @property
     def is_method(self) -> bool:
@@ -240,11 +244,12 @@ def _arms(bench: Mapping[str, Any]) -> tuple[Arm, ...]:
 
 def _arm(row: Mapping[str, Any], speedup: Mapping[str, Any], *, shows_dtype: bool) -> Arm:
     is_control = row.get("is_control", False)
-    setting = f"{row['engine']} {row['dtype']}" if shows_dtype else row["engine"]
+    shown = f" {row['dtype']}" if shows_dtype else ""
     planned = speedup["predicted_prefill"] if row["compressed"] and not is_control else None
     ttft = row["ttft_ms"]
     return Arm(
-        setting=setting,
+        setting=row.get("runtime", row["engine"]) + shown,
+        engine=row["engine"] + shown,
         method=row.get("method") or ("compressed" if row["compressed"] else "full"),
         compressed=row["compressed"],
         is_control=is_control,

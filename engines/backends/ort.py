@@ -15,6 +15,8 @@ class Ort(Backend):
     Rewriting takes milliseconds and no weights, so it is done on opening and not stored.
     """
 
+    runtime = "ONNX Runtime"
+
     dtypes = CPU_DTYPES
 
     def open(self, bundle: Bundle, options: SessionOptions) -> OrtSession:

@@ -29,6 +29,8 @@ CPU_DTYPES = ("float32", "float16")
 class OrtPortable(Backend):
     """The graphs of the artefact, unchanged."""
 
+    runtime = "ONNX Runtime, portable graphs"
+
     dtypes = CPU_DTYPES
 
     def open(self, bundle: Bundle, options: SessionOptions) -> "OrtSession":

@@ -25,6 +25,8 @@ from tokexport.exporter.weights import Weights
 class TorchEager(Backend):
     """The compressed model in PyTorch."""
 
+    runtime = "PyTorch"
+
     def open(self, bundle: Bundle, options: SessionOptions) -> "TorchSession":
         return TorchSession(source_design(bundle, options.model), options)
 

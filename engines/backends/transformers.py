@@ -20,6 +20,8 @@ from tokexport.exporter.plan import TokenPlan
 class Transformers(Backend):
     """The checkpoint in ``transformers``, all vision tokens kept."""
 
+    runtime = "PyTorch"
+
     is_compressed = False
 
     def open(self, bundle: Bundle, options: SessionOptions) -> "TransformersSession":
