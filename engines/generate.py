@@ -120,19 +120,16 @@ class Conversation:
     ) -> Iterator[int]:
         """Yield the tokens of an answer, from the logits behind the prompt until a stop token.
 
-        The stop token is neither yielded nor put into the cache.
-
-        Raises:
-            InputError: the answer would not fit into the cache.
+        The stop token is neither yielded nor put into the cache. Every other token goes into the
+        cache, the last one too, so that a next turn finds the whole answer; when there is no room
+        for one, the answer ends with it.
         """
-        for count in range(max_new_tokens):
+        for _ in range(max_new_tokens):
             token = sampler(logits_QW[-1])
             if token in stop_ids:
                 return
             yield token
-            # The last token goes into the cache too, so that a next turn finds the whole answer.
-            is_last = count == max_new_tokens - 1
-            if is_last and self.room < 1:
+            if self.room < 1:
                 return
             logits_QW = self.feed([token])
 

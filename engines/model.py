@@ -4,6 +4,7 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal
 
 from PIL import Image
 
@@ -24,6 +25,7 @@ class Answer:
     Attributes:
         text: without surrounding blanks.
         token_ids: of the answer, without the stop token.
+        ended_by: what ended it.
         prompt_tokens: text tokens read in this turn.
         ttft_ms: from the start of the turn, images and all, to the first token.
         total_ms: from the start of the turn to its end.
@@ -31,6 +33,7 @@ class Answer:
 
     text: str = ""
     token_ids: list[int] = field(default_factory=list)
+    ended_by: Literal["stop token", "max_new_tokens", "full cache"] = "stop token"
     prompt_tokens: int = 0
     ttft_ms: float = 0.0
     total_ms: float = 0.0
@@ -119,6 +122,10 @@ class Chat:
         for piece in vlm.processor.stream_text(_noted(tokens, answer, started)):
             answer.text += piece
             yield piece
+        if self._conversation.room < 1:
+            answer.ended_by = "full cache"
+        elif len(answer.token_ids) == self._max_new_tokens:
+            answer.ended_by = "max_new_tokens"
         answer.total_ms = 1000 * (time.perf_counter() - started)
         self._dialogue.hear(answer.text)
         answer.text = answer.text.strip()

@@ -228,8 +228,11 @@ def scaled_layers(layers: Sequence[int], before: int, after: int) -> tuple[int, 
     """Move layer numbers of a model of ``before`` layers to one of ``after``, in order and all different.
 
     Raises:
-        RecipeError: the shorter model has not enough layers.
+        RecipeError: a layer is not in the longer model, or the shorter one has not enough layers.
     """
+    beyond = [layer for layer in layers if not 0 <= layer < before]
+    if beyond:
+        raise RecipeError(f"a bottleneck stands before layer {beyond[0]}: the model has the layers 0 to {before - 1}")
     moved: list[int] = []
     for layer in layers:
         least = moved[-1] + 1 if moved else 0
