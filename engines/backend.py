@@ -122,8 +122,11 @@ class Session(ABC):
 class Backend(ABC):
     """One way to run a model."""
 
-    runtime: str
-    """The library that computes, in its own spelling."""
+    runtime = ""
+    """The library that computes, in its own spelling; engines of one library are compared with each other."""
+
+    runs_graphs = True
+    """Whether it runs the artefact's graphs, or the checkpoint they were made from."""
 
     is_compressed = True
     """Whether sessions compute with the artefact's plan, or always with all tokens."""

@@ -209,7 +209,7 @@ def _row(arm: Arm, timings: Sequence[Timing], footprint: Footprint, workload: Wo
     text = workload.text_tokens
     return {
         "engine": arm.engine,
-        "runtime": load_backend(arm.engine).runtime,
+        "runtime": load_backend(arm.engine).runtime or arm.engine,
         "dtype": dtype,
         "method": arm.method,
         "compressed": plan != full,

@@ -142,9 +142,10 @@ def verify(
     step = "reference vs ort-portable"
     graph_checks = [*_index_checks(step, bundle, made), *ladder.vision_checks(step, taps)]
     expected = ladder.climb(step, load_backend("ort-portable").open(bundle, options), expected, graph_checks)
-    if backend not in ("ort-portable", "torch-eager", "transformers"):
+    engine = load_backend(backend)
+    if engine.runs_graphs and backend != "ort-portable":
         progress(backend)
-        ladder.climb(f"ort-portable vs {backend}", load_backend(backend).open(bundle, options), expected)
+        ladder.climb(f"ort-portable vs {backend}", engine.open(bundle, options), expected)
     return Verification(tuple(ladder.checks), made.recipe.export.dtype, backend, time.perf_counter() - started)
 
 
@@ -156,7 +157,7 @@ def make_probe(made: Design) -> Probe:
     waves = [np.sin((3 + i) * rows * (1 + c) + (5 - i) * columns) for i in range(num_images) for c in range(3)]
     smooth = np.stack(waves).reshape(num_images, 3, spec.image_size, spec.image_size)
     pixel_values = (smooth + 0.3 * generator.standard_normal(smooth.shape)).astype(np.float32)
-    reserved = made.model.config.image_token_index
+    reserved = made.model.family.image_token_id(made.model.config)
     words = np.setdiff1d(np.arange(spec.vocab_size), [reserved])
 
     def text(count: int) -> list[int]:

@@ -97,7 +97,7 @@ def open_weights(model: Model) -> Weights:
         weights: Weights = RandomWeights(expected, model.table.seed)
     else:
         weights = SafetensorsWeights(model.directory, model.family.canonical_name)
-    head, embedding = "lm_head.weight", "model.language_model.embed_tokens.weight"
+    head, embedding = model.family.head, model.family.embedding
     is_tied = model.config.tie_word_embeddings or getattr(model.config.get_text_config(), "tie_word_embeddings", False)
     if is_tied and head not in weights.shapes and embedding in weights.shapes:
         weights = TiedWeights(weights, head, embedding)

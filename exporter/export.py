@@ -16,7 +16,7 @@ import onnx_ir as ir
 import torch
 from torch import nn
 
-from tokexport.errors import ExportError
+from tokexport.errors import ExportError, RecipeError
 from tokexport.exporter.bundle import (
     SCHEMA_VERSION,
     Bundle,
@@ -33,6 +33,7 @@ from tokexport.exporter.checkpoint import (
     open_weights,
     processor_files,
 )
+from tokexport.exporter.family import Family
 from tokexport.exporter.graph_io import GRAPHS, GraphIO, GraphName, decoder_io, embed_tokens_io, vision_encoder_io
 from tokexport.exporter.method import Method, arriving_plans, load_methods, tables_of
 from tokexport.exporter.modules.bottleneck import Bottleneck
@@ -44,20 +45,6 @@ from tokexport.recipes.schema import ModelTable, Recipe
 from tokexport.recipes.tables import table_of
 
 Progress = Callable[[str], None]
-
-# For each graph, where the parameters of its module are found among the weights.
-_WEIGHT_PREFIXES: dict[GraphName, dict[str, str]] = {
-    "vision_encoder": {
-        "vision_tower.": "model.vision_tower.",
-        "multi_modal_projector.": "model.multi_modal_projector.",
-    },
-    "embed_tokens": {"weight": "model.language_model.embed_tokens.weight"},
-    "decoder_model_merged": {
-        "layers.": "model.language_model.layers.",
-        "norm.": "model.language_model.norm.",
-        "lm_head.": "lm_head.",
-    },
-}
 
 
 @dataclass(frozen=True)
@@ -83,7 +70,11 @@ class Design:
         ]
         bottlenecks: dict[int, Bottleneck] = {}
         for method, arriving in self._steps():
-            bottlenecks |= method.bottlenecks(self.model.spec, arriving)
+            added = method.bottlenecks(self.model.spec, arriving)
+            taken = sorted(bottlenecks.keys() & added.keys())
+            if taken:
+                raise RecipeError(f"two methods have a bottleneck before layer {taken[0]}; move one of them")
+            bottlenecks |= added
         return {
             "vision_encoder": family.vision_encoder(config, stages),
             "embed_tokens": family.token_embedding(config),
@@ -194,11 +185,11 @@ def _plan_report(made: Design, text_tokens: int) -> dict[str, Any]:
     return {"recipe": made.recipe.name, "checkpoint": made.recipe.model.checkpoint, **report}
 
 
-def weight_names(graph: GraphName, module: nn.Module) -> dict[str, str]:
+def weight_names(graph: GraphName, module: nn.Module, family: Family) -> dict[str, str]:
     """Return, for every parameter of a graph's module, its canonical name."""
     names: dict[str, str] = {}
     for name, _ in module.named_parameters():
-        for prefix, canonical in _WEIGHT_PREFIXES[graph].items():
+        for prefix, canonical in family.weight_prefixes[graph].items():
             if name.startswith(prefix):
                 names[name] = canonical + name.removeprefix(prefix)
     return names
@@ -220,7 +211,7 @@ def _traced(
     model = trace(module, io, dtype=dtype, vision=made.plan.entering_llm)
     model.graph.name = graph
     model.producer_name, model.producer_version = "tokexport", library_versions().get("tokexport", "")
-    return model, bind_weights(model, weights, weight_names(graph, module), dtype)
+    return model, bind_weights(model, weights, weight_names(graph, module, made.model.family), dtype)
 
 
 def _store_weights(model: ir.Model, bound: Sequence[str], folder: Path, file_name: str) -> None:

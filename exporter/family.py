@@ -6,6 +6,7 @@ configuration, the names of the weights and the modules; it knows no method and 
 
 import importlib
 import pkgutil
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -15,13 +16,28 @@ from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from tokexport.errors import RecipeError, nearest
+from tokexport.exporter.graph_io import GraphName
 from tokexport.exporter.modules.bottleneck import Bottleneck
 from tokexport.exporter.modules.decoder import Decoder
 from tokexport.exporter.plan import VlmSpec
 
 
 class Family(ABC):
-    """One architecture of vision-language model."""
+    """One architecture of vision-language model.
+
+    Attributes:
+        weight_prefixes: for each graph, where the parameters of its module stand among the weights,
+            by the beginning of their names.
+        head: the weight of the language model's head.
+        embedding: the weight of the token embedding, which a tied head shares.
+        vision_layers: matches the names of the modules of the vision encoder that a parity check
+            compares one by one.
+    """
+
+    weight_prefixes: Mapping[GraphName, Mapping[str, str]]
+    head: str
+    embedding: str
+    vision_layers: re.Pattern[str]
 
     @abstractmethod
     def read_config(self, directory: Path) -> PreTrainedConfig:
@@ -50,6 +66,10 @@ class Family(ABC):
         Raises:
             CheckpointError: the configuration asks for something that is not supported.
         """
+
+    @abstractmethod
+    def image_token_id(self, config: PreTrainedConfig) -> int:
+        """Return the token that stands for an image in ``transformers``' prompts."""
 
     @abstractmethod
     def canonical_name(self, name: str) -> str | None:

@@ -9,7 +9,7 @@ import pkgutil
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal, Self
+from typing import TYPE_CHECKING, Self
 
 from tokexport.errors import RecipeError, nearest
 from tokexport.exporter.plan import TokenPlan, VlmSpec
@@ -20,9 +20,6 @@ if TYPE_CHECKING:
     from torch import nn
 
     from tokexport.exporter.modules.bottleneck import Bottleneck
-
-PositionPolicy = Literal["keep", "renumber"]
-"""Rotary positions of the tokens behind a bottleneck: those they came with, or 0, 1, 2, ..."""
 
 
 @dataclass(frozen=True, kw_only=True)

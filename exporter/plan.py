@@ -7,9 +7,12 @@ speed-up are read from it, and none of them knows which method made it.
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import groupby, pairwise
-from typing import Any
+from typing import Any, Literal
 
 from tokexport.errors import RecipeError
+
+PositionPolicy = Literal["keep", "renumber"]
+"""Rotary positions of the tokens behind a bottleneck: those they came with, or 0, 1, 2, ..."""
 
 DTYPE_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
 
@@ -72,7 +75,16 @@ class TokenPlan:
         return cls(emitted=count, entering_llm=count, per_layer=(count,) * spec.num_layers, grid=spec.vision_grid)
 
     def thinned_before_llm(self, keep: int, grid: tuple[int, int] | None = None) -> "TokenPlan":
-        """Return the plan with ``keep`` tokens entering the model."""
+        """Return the plan with ``keep`` tokens entering the model.
+
+        Raises:
+            RecipeError: tokens are already dropped inside the model, which comes behind.
+        """
+        if set(self.per_layer) != {self.entering_llm}:
+            raise RecipeError(
+                "[[compress]] a method that drops tokens before the language model stands behind one that drops "
+                "them inside; change their order"
+            )
         return replace(self, entering_llm=keep, per_layer=tuple(min(keep, n) for n in self.per_layer), grid=grid)
 
     def thinned_before_layer(self, layer: int, keep: int) -> "TokenPlan":

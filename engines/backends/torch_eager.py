@@ -4,7 +4,6 @@ Weights are read from the checkpoint, not from the artefact, so that comparing t
 that the weights arrived.
 """
 
-import re
 from collections.abc import Callable
 
 import numpy as np
@@ -26,6 +25,7 @@ class TorchEager(Backend):
     """The compressed model in PyTorch."""
 
     runtime = "PyTorch"
+    runs_graphs = False
 
     def open(self, bundle: Bundle, options: SessionOptions) -> "TorchSession":
         return TorchSession(source_design(bundle, options.model), options)
@@ -38,6 +38,7 @@ class TorchSession(Session):
         super().__init__(made.model.spec, made.plan, options)
         torch.set_num_threads(options.threads or available_cores())
         self._dtype = getattr(torch, made.recipe.export.dtype)
+        self._tapped = made.model.family.vision_layers
         self._modules = _loaded_modules(made, self._dtype)
         self._cache = [
             (self._empty(self.capacities[group]), self._empty(self.capacities[group]))
@@ -56,11 +57,10 @@ class TorchSession(Session):
         def note(name: str) -> Callable[[nn.Module, object, Tensor], None]:
             return lambda _module, _inputs, output: outputs.__setitem__(name, _to_numpy(output))
 
-        tapped = re.compile(r"vision_tower\.encoder\.layers\.\d+|multi_modal_projector")
         hooks = [
             module.register_forward_hook(note(name))
             for name, module in encoder.named_modules()
-            if tapped.fullmatch(name)
+            if self._tapped.fullmatch(name)
         ]
         encoder(self._tensor(pixel_values))
         for hook in hooks:
@@ -100,7 +100,7 @@ def _loaded_modules(made: Design, dtype: torch.dtype) -> dict[GraphName, nn.Modu
     with torch.device("meta"):
         modules = made.modules()
     for graph in GRAPHS:
-        _load(modules[graph], weight_names(graph, modules[graph]), weights, dtype)
+        _load(modules[graph], weight_names(graph, modules[graph], made.model.family), weights, dtype)
     return modules
 
 

@@ -21,6 +21,7 @@ class Transformers(Backend):
     """The checkpoint in ``transformers``, all vision tokens kept."""
 
     runtime = "PyTorch"
+    runs_graphs = False
 
     is_compressed = False
 

@@ -39,6 +39,22 @@ _BUFFERS = re.compile(r"(rotary_emb\.inv_freq|embeddings\.position_ids)$")
 class Llava15(Family):
     """LLaVA-1.5 in any size."""
 
+    head = "lm_head.weight"
+    embedding = "model.language_model.embed_tokens.weight"
+    weight_prefixes = {  # noqa: RUF012 - a constant
+        "vision_encoder": {
+            "vision_tower.": "model.vision_tower.",
+            "multi_modal_projector.": "model.multi_modal_projector.",
+        },
+        "embed_tokens": {"weight": embedding},
+        "decoder_model_merged": {
+            "layers.": "model.language_model.layers.",
+            "norm.": "model.language_model.norm.",
+            "lm_head.": "lm_head.",
+        },
+    }
+    vision_layers = re.compile(r"vision_tower\.encoder\.layers\.\d+|multi_modal_projector")
+
     def read_config(self, directory: Path) -> PreTrainedConfig:
         path = directory / "config.json"
         try:
@@ -95,6 +111,10 @@ class Llava15(Family):
             image_size=image_size,
             vision_grid=(side, side),
         )
+
+    def image_token_id(self, config: PreTrainedConfig) -> int:
+        assert isinstance(config, LlavaConfig)
+        return config.image_token_index
 
     def canonical_name(self, name: str) -> str | None:
         if _BUFFERS.search(name):

@@ -10,8 +10,9 @@ from itertools import pairwise
 from typing import TYPE_CHECKING, Literal, Self
 
 from tokexport.errors import RecipeError
-from tokexport.exporter.method import Method, PositionPolicy
+from tokexport.exporter.method import Method
 from tokexport.exporter.plan import (
+    PositionPolicy,
     TokenPlan,
     VlmSpec,
     grid_index,

@@ -8,8 +8,8 @@ from abc import ABC, abstractmethod
 import torch
 from torch import Tensor, nn
 
-from tokexport.exporter.method import PositionPolicy
 from tokexport.exporter.modules import ops
+from tokexport.exporter.plan import PositionPolicy
 
 
 class Bottleneck(nn.Module, ABC):
@@ -59,4 +59,4 @@ class FeatureGather(nn.Module):
 
     def forward(self, features_BND: Tensor) -> Tensor:
         """Return (B, M, D) of ``features_BND`` (B, N, D)."""
-        return features_BND.index_select(1, self.index_M)
+        return ops.gather_tokens(features_BND, self.index_M)

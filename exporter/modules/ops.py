@@ -16,6 +16,16 @@ from torch import Tensor
 from torch.nn import functional
 
 
+@torch.library.custom_op("tokexport::gather_tokens", mutates_args=())
+def _gather_tokens(features_BND: Tensor, index_M: Tensor) -> Tensor:
+    return features_BND.index_select(1, index_M)
+
+
+@_gather_tokens.register_fake
+def _(features_BND: Tensor, index_M: Tensor) -> Tensor:
+    return features_BND.new_empty(features_BND.shape[0], index_M.shape[0], features_BND.shape[2])
+
+
 @torch.library.custom_op("tokexport::cached_attention", mutates_args=())
 def _cached_attention(query_BHTE: Tensor, key_BKCE: Tensor, value_BKCE: Tensor, length_B: Tensor) -> Tensor:
     return _attend(query_BHTE, key_BKCE, value_BKCE, length_B)
@@ -106,6 +116,15 @@ def keep_tokens(span_BN: Tensor, index_M: Tensor) -> Tensor:
     and the graph could no longer be run without an image.
     """
     return _keep_tokens(span_BN, index_M)
+
+
+def gather_tokens(features_BND: Tensor, index_M: Tensor) -> Tensor:
+    """Return the tokens ``index_M`` of ``features_BND`` as (B, M, D).
+
+    An operator of its own because tracing would reshape a constant index and fold it under a new
+    name, and nobody could find in the graph which tokens are kept.
+    """
+    return _gather_tokens(features_BND, index_M)
 
 
 def cached_attention(query_BHTE: Tensor, key_BKCE: Tensor, value_BKCE: Tensor, length_B: Tensor) -> Tensor:
@@ -199,6 +218,10 @@ def _onnx_keep_tokens(span: Any, index: Any) -> Any:
     return onnx_op.Gather(span, onnx_op.Slice(index, zero, num_present, axis), axis=1)
 
 
+def _onnx_gather_tokens(features: Any, index: Any) -> Any:
+    return onnx_op.Gather(features, index, axis=1)
+
+
 def onnx_translations() -> dict[Callable[..., Any], Callable[..., Any]]:
     """How ``torch.onnx.export`` writes each operator: one ONNX node."""
     return {
@@ -208,4 +231,5 @@ def onnx_translations() -> dict[Callable[..., Any], Callable[..., Any]]:
         torch.ops.tokexport.split_heads.default: _onnx_split_heads,
         torch.ops.tokexport.merge_heads.default: _onnx_merge_heads,
         torch.ops.tokexport.keep_tokens.default: _onnx_keep_tokens,
+        torch.ops.tokexport.gather_tokens.default: _onnx_gather_tokens,
     }
