@@ -391,7 +391,7 @@ def main() -> None:
     except click.ClickException as error:
         _fail(error.format_message(), 1)
     except (click.Abort, KeyboardInterrupt):
-        _fail("interrupted; nothing was left behind", _EXIT_INTERRUPTED)
+        _fail("interrupted", _EXIT_INTERRUPTED)
     except MemoryError:
         _fail("not enough memory; use fewer layers, a smaller model or a machine with more", 1)
     except BrokenPipeError:

@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from tokexport.errors import BackendUnavailableError, nearest
+from tokexport.errors import BackendUnavailableError, InputError, nearest
 from tokexport.exporter.bundle import Bundle
 from tokexport.exporter.plan import DTYPE_BYTES, TokenPlan, VlmSpec
 
@@ -41,6 +41,13 @@ class SessionOptions:
     max_images: int
     threads: int | None = None
     model: str | None = None
+
+    def __post_init__(self) -> None:
+        for name, value, least in (("max-text-tokens", self.max_text_tokens, 1), ("max-images", self.max_images, 0)):
+            if value < least:
+                raise InputError(f"{name} {value} must be at least {least}")
+        if self.threads is not None and self.threads < 1:
+            raise InputError(f"threads {self.threads} must be at least 1")
 
     @classmethod
     def for_bundle(

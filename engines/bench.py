@@ -21,6 +21,7 @@ from tokexport.engines.worker import EngineProcess, Footprint, Timing, Workload
 from tokexport.errors import InputError
 from tokexport.exporter.bundle import Bundle, BundleWriter
 from tokexport.exporter.export import Design, design, export
+from tokexport.exporter.method import load_methods
 from tokexport.exporter.plan import TokenPlan, kv_cache_bytes, prefill_flops
 from tokexport.recipes.schema import CompressTable
 
@@ -114,7 +115,10 @@ def bench(
     """
     _at_least("repeats", repeats, 1)
     _at_least("new-tokens", new_tokens, 1)
+    load_backend(engine).require(bundle.recipe.export.dtype)
     made = source_design(bundle, options.model)
+    for control in controls:  # a wrong name is found out before the work
+        load_methods([_control(control, made)])
     text_tokens = bundle.recipe.plan.text_tokens if text_tokens is None else text_tokens
     _at_least("text-tokens", text_tokens, 1)
     workload = Workload(text_tokens=text_tokens, new_tokens=new_tokens)
@@ -185,14 +189,17 @@ def _arms(
         if engine != REFERENCE:
             arms.append(Arm(bundle=bundle, engine=REFERENCE, method=name))
         arms.append(Arm(bundle=bundle, engine=engine, method=name))
-        keep = max(1, round(made.plan.mean_vision_tokens))
         for control in controls:
-            if control == name or keep >= made.plan.emitted:
+            if control == name:
                 continue
-            step = CompressTable(method=control, options={"keep": keep})
-            twin = _twin(bundle, made, (step,), Path(folder) / control, progress)
+            twin = _twin(bundle, made, (_control(control, made),), Path(folder) / control, progress)
             arms.append(Arm(bundle=twin, engine=engine, method=control, is_control=True))
         yield arms
+
+
+def _control(method: str, made: Design) -> CompressTable:
+    """Return the method at the same mean of vision tokens per layer."""
+    return CompressTable(method=method, options={"keep": max(1, round(made.plan.mean_vision_tokens))})
 
 
 def _twin(bundle: Bundle, made: Design, compress: tuple[CompressTable, ...], out: Path, progress: Progress) -> Bundle:

@@ -65,12 +65,14 @@ def compare_tensors(
     layer: int | None = None,
 ) -> Check:
     """Compare two tensors; another shape or a value that is not finite never passes."""
-    bound = tolerance.bound(expected)
     note = ""
     if found.shape != expected.shape:
         note = f"shape {found.shape}, expected {expected.shape}"
     elif not np.isfinite(found).all():
         note = "not every value is finite"
+    elif not np.isfinite(expected).all():
+        note = "not every value expected is finite"
+    bound = 0.0 if note else tolerance.bound(expected)
     if note:
         return Check(
             step=step,

@@ -3,8 +3,9 @@
 P text tokens before an image, V vision tokens, S text tokens after it, Q logits, W vocabulary
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,6 +15,12 @@ from tokexport.errors import InputError
 
 IMAGE = -1
 """Stands in a prompt's token ids where an image goes."""
+
+
+# Colder than this, logits divided by it overflow; hotter, all tokens are alike.
+_TEMPERATURES = (0.001, 1000.0)
+
+EndedBy = Literal["stop token", "max_new_tokens", "full cache"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,8 +40,11 @@ class Sampling:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if self.temperature < 0:
-            raise InputError(f"temperature {self.temperature} must be at least 0 (0 is greedy)")
+        low, high = _TEMPERATURES
+        if self.temperature != 0 and not low <= self.temperature <= high:
+            raise InputError(f"temperature {self.temperature} must be 0 (greedy) or from {low} to {high}")
+        if not 0 <= self.seed < 2**63:
+            raise InputError(f"seed {self.seed} must be from 0 to 2^63 - 1")
         if self.top_k < 0:
             raise InputError(f"top-k {self.top_k} must be at least 0 (0 is off)")
         if not 0 < self.top_p <= 1:
@@ -78,6 +88,11 @@ class Conversation:
     """One conversation on a session's cache: counts what is in it and feeds what is new.
 
     Starting one makes the session forget the one before.
+
+    Attributes:
+        text_tokens: in the cache.
+        num_images: in the cache.
+        ended_by: what ended the last answer.
     """
 
     def __init__(self, session: Session) -> None:
@@ -85,6 +100,7 @@ class Conversation:
         self.session = session
         self.text_tokens = 0
         self.num_images = 0
+        self.ended_by: EndedBy = "stop token"
         self._position = 0
 
     @property
@@ -117,21 +133,28 @@ class Conversation:
 
     def answer(
         self, logits_QW: NDArray[np.float32], sampler: Sampler, *, max_new_tokens: int, stop_ids: Sequence[int]
-    ) -> Iterator[int]:
+    ) -> Generator[int]:
         """Yield the tokens of an answer, from the logits behind the prompt until a stop token.
 
         The stop token is neither yielded nor put into the cache. Every other token goes into the
         cache, the last one too, so that a next turn finds the whole answer; when there is no room
         for one, the answer ends with it.
         """
+        self.ended_by = "stop token"
         for _ in range(max_new_tokens):
             token = sampler(logits_QW[-1])
             if token in stop_ids:
                 return
-            yield token
-            if self.room < 1:
+            try:
+                yield token
+            finally:  # also where the listener leaves: the token was said
+                has_room = self.room >= 1
+                if has_room:
+                    logits_QW = self.feed([token])
+            if not has_room:
+                self.ended_by = "full cache"
                 return
-            logits_QW = self.feed([token])
+        self.ended_by = "max_new_tokens"
 
     @property
     def room(self) -> int:

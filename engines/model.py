@@ -1,18 +1,18 @@
 """An artefact ready to answer: what ``tokexport.load`` returns."""
 
+import contextlib
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
 
 from PIL import Image
 
 from tokexport.engines.backend import DEFAULT_BACKEND, Session, SessionOptions, open_session
-from tokexport.engines.generate import Conversation, Sampler, Sampling
-from tokexport.engines.images import load_image
+from tokexport.engines.generate import Conversation, EndedBy, Sampler, Sampling
+from tokexport.engines.images import as_rgb, load_image
 from tokexport.engines.prompt import Dialogue, PromptProcessor
-from tokexport.errors import InputError
+from tokexport.errors import InputError, TokexportError
 from tokexport.exporter.bundle import Bundle
 
 ImageLike = Image.Image | Path | str
@@ -33,7 +33,7 @@ class Answer:
 
     text: str = ""
     token_ids: list[int] = field(default_factory=list)
-    ended_by: Literal["stop token", "max_new_tokens", "full cache"] = "stop token"
+    ended_by: EndedBy = "stop token"
     prompt_tokens: int = 0
     ttft_ms: float = 0.0
     total_ms: float = 0.0
@@ -95,7 +95,7 @@ class Chat:
             pass
         return self.last
 
-    def stream(self, prompt: str, images: Sequence[ImageLike] = ()) -> Iterator[str]:
+    def stream(self, prompt: str, images: Sequence[ImageLike] = ()) -> Generator[str]:
         """Yield the answer to the next question piece by piece.
 
         Raises:
@@ -111,7 +111,7 @@ class Chat:
             logits = self._conversation.feed(
                 token_ids, [] if features is None else [features[i : i + 1] for i in range(len(images))]
             )
-        except InputError:
+        except TokexportError:
             del self._dialogue.messages[said:]
             self._dialogue.read_text = read
             raise
@@ -119,16 +119,16 @@ class Chat:
         tokens = self._conversation.answer(
             logits, self._sampler, max_new_tokens=self._max_new_tokens, stop_ids=vlm.processor.stop_ids
         )
-        for piece in vlm.processor.stream_text(_noted(tokens, answer, started)):
-            answer.text += piece
-            yield piece
-        if self._conversation.room < 1:
-            answer.ended_by = "full cache"
-        elif len(answer.token_ids) == self._max_new_tokens:
-            answer.ended_by = "max_new_tokens"
-        answer.total_ms = 1000 * (time.perf_counter() - started)
-        self._dialogue.hear(answer.text)
-        answer.text = answer.text.strip()
+        try:
+            with contextlib.closing(tokens):
+                for piece in vlm.processor.stream_text(_noted(tokens, answer, started)):
+                    answer.text += piece
+                    yield piece
+        finally:  # also where the listener leaves: what was said is part of the conversation
+            answer.total_ms = 1000 * (time.perf_counter() - started)
+            answer.ended_by = self._conversation.ended_by
+            self._dialogue.hear(answer.text)
+            answer.text = answer.text.strip()
 
 
 def load(
@@ -162,7 +162,7 @@ def load(
 
 
 def _opened(image: ImageLike) -> Image.Image:
-    return image.convert("RGB") if isinstance(image, Image.Image) else load_image(Path(image))
+    return as_rgb(image, "the image") if isinstance(image, Image.Image) else load_image(Path(image))
 
 
 def _noted(tokens: Iterator[int], answer: Answer, started: float) -> Iterator[int]:

@@ -140,7 +140,7 @@ def verify(
 
     progress("ort-portable")
     step = "reference vs ort-portable"
-    graph_checks = [*_index_checks(step, bundle, made), *ladder.vision_checks(step, taps)]
+    graph_checks = [*_index_checks(step, bundle, made), *ladder.vision_checks(step, taps, options.threads)]
     expected = ladder.climb(step, load_backend("ort-portable").open(bundle, options), expected, graph_checks)
     engine = load_backend(backend)
     if engine.runs_graphs and backend != "ort-portable":
@@ -215,19 +215,7 @@ class _Ladder:
                 graph=_VISION,
             )
         )
-        for turn, (a, b) in enumerate(zip(found.logits, expected.logits, strict=True), start=1):
-            tolerance = self._tolerances["logits"]
-            checks.append(compare_tensors(f"logits, turn {turn}", a, b, tolerance, step=step, graph=_DECODER))
-            checks.append(
-                compare_choices(
-                    f"greedy tokens, turn {turn}",
-                    a[-NEW_TOKENS - 1 : -1],
-                    b[-NEW_TOKENS - 1 : -1],
-                    tolerance,
-                    step=step,
-                    graph=_DECODER,
-                )
-            )
+        # Layers before logits, so that the first check that fails tells the layer.
         for layer, (pair_a, pair_b) in enumerate(zip(found.cache, expected.cache, strict=True)):
             for name, a, b in zip(("keys", "values"), pair_a, pair_b, strict=True):
                 checks.append(
@@ -241,15 +229,28 @@ class _Ladder:
                         layer=layer,
                     )
                 )
+        for turn, (a, b) in enumerate(zip(found.logits, expected.logits, strict=True), start=1):
+            tolerance = self._tolerances["logits"]
+            checks.append(compare_tensors(f"logits, turn {turn}", a, b, tolerance, step=step, graph=_DECODER))
+            checks.append(
+                compare_choices(
+                    f"greedy tokens, turn {turn}",
+                    a[-NEW_TOKENS - 1 : -1],
+                    b[-NEW_TOKENS - 1 : -1],
+                    tolerance,
+                    step=step,
+                    graph=_DECODER,
+                )
+            )
         is_first = all(check.passed for check in self.checks) and not all(check.passed for check in checks)
         if self._repro is not None and is_first:
             _write_repro(self._repro, self._bundle, self._probe, expected, found, checks)
         self.checks += checks
         return found
 
-    def vision_checks(self, step: str, expected: dict[str, NDArray[np.float32]]) -> list[Check]:
+    def vision_checks(self, step: str, expected: dict[str, NDArray[np.float32]], threads: int | None) -> list[Check]:
         """Compare the tower layer by layer, to tell where features part."""
-        found = _graph_taps(self._bundle, self._probe, list(expected))
+        found = _graph_taps(self._bundle, self._probe, list(expected), threads)
         return [
             compare_tensors(
                 name,
@@ -303,7 +304,9 @@ def _index_checks(step: str, bundle: Bundle, made: Design) -> list[Check]:
     return checks
 
 
-def _graph_taps(bundle: Bundle, probe: Probe, modules: Sequence[str]) -> dict[str, NDArray[np.float32]]:
+def _graph_taps(
+    bundle: Bundle, probe: Probe, modules: Sequence[str], threads: int | None
+) -> dict[str, NDArray[np.float32]]:
     """Return what the last node of each module computes in the vision graph."""
     from tokexport.engines.backends.ort_portable import inference_session  # needs ONNX Runtime
 
@@ -317,7 +320,7 @@ def _graph_taps(bundle: Bundle, probe: Probe, modules: Sequence[str]) -> dict[st
     if missing:
         raise ParityError(f"the vision graph has no nodes of {', '.join(missing)}; export it again")
     model.graph.outputs.extend(value for value in last.values() if value not in model.graph.outputs)
-    session = inference_session(ir.to_proto(model).SerializeToString(), bundle.path / "onnx", threads=None)
+    session = inference_session(ir.to_proto(model).SerializeToString(), bundle.path / "onnx", threads=threads)
     dtype = np.float16 if bundle.recipe.export.dtype == "float16" else np.float32
     names = [value.name for value in last.values()]
     outputs = session.run(names, {"pixel_values": probe.pixel_values.astype(dtype)})

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from jinja2 import TemplateError
 from numpy.typing import NDArray
 from PIL import Image
 from tokenizers.decoders import DecodeStream
@@ -30,7 +31,7 @@ class PromptProcessor:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
                 self._processor: Any = LlavaProcessor.from_pretrained(directory)
-        except (OSError, ValueError, KeyError, TypeError) as error:
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             reason = str(error).partition("\n")[0]
             raise BundleError(
                 f"{directory} has no usable tokenizer and image processor ({reason}); build it from a "
@@ -61,14 +62,21 @@ class PromptProcessor:
         """Apply the chat template.
 
         Raises:
-            BundleError: the checkpoint has none.
+            BundleError: the checkpoint has none, or one that does not work.
         """
         if not self._processor.chat_template:
             raise BundleError(
                 "the checkpoint has no chat template, so prompts cannot be laid out; add "
                 "chat_template.jinja to it and build again"
             )
-        return self._processor.apply_chat_template(list(messages), add_generation_prompt=is_answer_next, tokenize=False)
+        try:
+            return self._processor.apply_chat_template(
+                list(messages), add_generation_prompt=is_answer_next, tokenize=False
+            )
+        except TemplateError as error:
+            raise BundleError(
+                f"the checkpoint's chat template does not work ({error}); mend chat_template.jinja and build again"
+            ) from error
 
     def stream_text(self, tokens: Iterator[int]) -> Iterator[str]:
         """Yield text as soon as tokens make whole characters."""

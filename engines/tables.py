@@ -17,8 +17,9 @@ from tokexport.exporter.plan import TokenPlan, keep_text
 
 def new_table(*columns: str | Column, title: str = "", show_header: bool = True) -> Table:
     """Return an empty table in the one style that all of them have."""
+    folded = (Column(name, overflow="fold") if isinstance(name, str) else name for name in columns)
     return Table(
-        *columns, title=title, title_justify="left", show_header=show_header, box=box.SIMPLE_HEAD, pad_edge=False
+        *folded, title=title, title_justify="left", show_header=show_header, box=box.SIMPLE_HEAD, pad_edge=False
     )
 
 

@@ -6,6 +6,9 @@ from collections.abc import Generator
 from rich.console import Console, RenderableType
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
+# Wide enough for every table, where nobody sees a line break.
+_WIDTH_OF_FILES = 160
+
 
 class Terminal:
     """Progress and results for people.
@@ -16,6 +19,8 @@ class Terminal:
 
     def __init__(self, *, quiet: bool) -> None:
         self._console = Console(stderr=True, quiet=quiet)
+        if not self._console.is_terminal:
+            self._console.width = _WIDTH_OF_FILES
         columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(bar_width=24), TimeElapsedColumn())
         self._progress = Progress(*columns, console=self._console, transient=True, disable=quiet)
         self._task = self._progress.add_task("starting", total=None)

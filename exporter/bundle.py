@@ -159,16 +159,16 @@ class BundleWriter:
     ) -> None:
         shutil.rmtree(self.staging, ignore_errors=True)
         if isinstance(error, OSError) and not isinstance(error, FileNotFoundError):
-            raise BundleError(
-                f"{self.out} could not be written ({error.strerror or error}); nothing was left behind"
-            ) from error
+            # numpy says how many bytes it could not write, but not why.
+            reason = error.strerror or f"the disk is full or a limit is reached: {error}"
+            raise BundleError(f"{self.out} could not be written ({reason}); nothing was left behind") from error
 
     def require_room(self, num_bytes: int) -> None:
         """Raise ``BundleError`` if the disk has less room than ``num_bytes``."""
         free = shutil.disk_usage(self.staging).free
         if free < num_bytes:
             raise BundleError(
-                f"{self.out} needs {num_bytes / 1e9:.1f} GB and its disk has {free / 1e9:.1f} GB free; "
+                f"{self.out} needs {num_bytes / 1e6:,.0f} MB and its disk has {free / 1e6:,.0f} MB free; "
                 "choose another -o or make room"
             )
 

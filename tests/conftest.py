@@ -62,7 +62,8 @@ def save_checkpoint(folder: Path, config: LlavaConfig, *, dtype: torch.dtype = t
         for name, parameter in model.named_parameters():
             if "norm" not in name:
                 parameter.mul_(4)
-    model.to(dtype=dtype).save_pretrained(folder)
+    torch.nn.Module.to(model, dtype=dtype)
+    model.save_pretrained(folder)
     for name in ("tokenizer.json", "tokenizer_config.json", "processor_config.json", "chat_template.jinja"):
         shutil.copyfile(MINI / name, folder / name)
     processor = json.loads((folder / "processor_config.json").read_text())

@@ -1,0 +1,165 @@
+"""Building, proving and measuring from the command line, also where that is interrupted or fails."""
+
+import json
+import resource
+import shutil
+import signal
+from pathlib import Path
+
+import pytest
+
+import tokexport.engines.bench
+from tests.cli.conftest import Outcome, Run, in_process, outcome_of
+from tokexport.exporter.bundle import Bundle
+
+BUILD_ALONE = ("--no-verify", "--no-bench")
+
+# Building
+
+
+def test_build_makes_an_artefact_with_its_reports(built: tuple[Path, Outcome]):
+    out, outcome = built
+    assert outcome.code == 0, outcome.err
+    assert outcome.document.keys() >= {"path", "plan", "verify", "bench"}
+    assert outcome.document["verify"]["passed"] is True
+    names = {path.name for path in (out / "reports").iterdir()}
+    assert names >= {"plan.json", "verify.json", "bench.json", "report.md", "report.html"}
+    assert Bundle.open(out, check_all=True).plan.per_layer == (16, 8, 8, 4)
+
+
+def test_build_leaves_nothing_beside_the_artefact(built: tuple[Path, Outcome]):
+    assert [path.name for path in built[0].parent.iterdir()] == ["out"]
+
+
+def test_build_says_how_to_go_on(built: tuple[Path, Outcome]):
+    assert "tokexport run" in built[1].err
+
+
+def test_an_artefact_that_was_built_answers(built: tuple[Path, Outcome], run: Run, picture: Path):
+    outcome = run("run", built[0], "-p", "What?", "--image", picture, "--max-new-tokens", 2)
+    assert outcome.code == 0
+
+
+def test_build_refuses_a_folder_that_is_not_empty(run: Run, tmp_path: Path):
+    (tmp_path / "notes.txt").write_text("mine")
+    outcome = run("build", *BUILD_ALONE, "-o", tmp_path)
+    assert outcome.code == 1
+    assert outcome.error == f"{tmp_path} exists and is not empty; choose another -o, or replace it with --overwrite"
+
+
+def test_build_overwrites_nothing_but_artefacts(run: Run, tmp_path: Path):
+    (tmp_path / "notes.txt").write_text("mine")
+    outcome = run("build", *BUILD_ALONE, "-o", tmp_path, "--overwrite")
+    assert outcome.code == 1
+    assert outcome.error.endswith("is not empty and no artefact, so --overwrite will not replace it; choose another -o")
+    assert (tmp_path / "notes.txt").read_text() == "mine"
+
+
+def test_build_refuses_a_file(run: Run, tmp_path: Path):
+    (tmp_path / "out").write_text("mine")
+    outcome = run("build", *BUILD_ALONE, "-o", tmp_path / "out")
+    assert (outcome.code, outcome.error) == (1, f"{tmp_path / 'out'} is a file; choose a directory for -o")
+
+
+@pytest.mark.parametrize("out", ["/proc/out", "{file}/out", "{file}/deeper/out"])
+def test_build_refuses_a_place_that_cannot_be_written(run: Run, tmp_path: Path, out: str):
+    (tmp_path / "file").write_text("mine")
+    place = out.format(file=tmp_path / "file")
+    outcome = run("build", *BUILD_ALONE, "-o", place)
+    assert outcome.code == 1
+    assert outcome.error.endswith("; choose another -o")
+
+
+def test_build_refuses_an_engine_that_cannot_run_the_precision(run: Run, tmp_path: Path):
+    outcome = run("build", "--dtype", "bfloat16", "-o", tmp_path / "out", "--num-layers", 4, "--weights", "random")
+    assert outcome.code == 1
+    assert "bfloat16" in outcome.error
+    assert "float32" in outcome.error
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_export_writes_graphs_only(run: Run, recipe: Path, checkpoint: Path, tmp_path: Path):
+    outcome = run("export", "--recipe", recipe, "--model", checkpoint, "-o", tmp_path / "out", "--json")
+    assert outcome.code == 0
+    assert outcome.document["plan"]["vision_tokens"]["per_layer"] == [16, 8, 8, 4]
+    assert (tmp_path / "out" / "onnx" / "decoder_model_merged.onnx").is_file()
+    assert "not verified" in outcome.err
+
+
+@pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM], ids=["ctrl-c", "sigterm"])
+def test_an_interrupted_build_leaves_nothing(recipe: Path, checkpoint: Path, tmp_path: Path, sent: signal.Signals):
+    process = in_process("build", "--recipe", recipe, "--model", checkpoint, "-o", tmp_path / "out", *BUILD_ALONE)
+    assert process.stderr is not None
+    said = ""
+    while "tracing decoder" not in said:
+        said += process.stderr.readline()
+        assert process.poll() is None
+    assert len(list(tmp_path.iterdir())) == 1
+    process.send_signal(sent)
+    outcome = outcome_of(process, said)
+    assert (outcome.code, outcome.error) == (130, "interrupted")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_full_disk_is_said_in_one_line_and_leaves_nothing(recipe: Path, checkpoint: Path, tmp_path: Path):
+    def limit() -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
+
+    arguments = ("--recipe", recipe, "--model", checkpoint, "-o", tmp_path / "out", *BUILD_ALONE)
+    outcome = outcome_of(in_process("build", *arguments, preexec_fn=limit))
+    assert outcome.code == 1
+    assert outcome.error.startswith(f"{tmp_path / 'out'} could not be written (")
+    assert outcome.error.endswith("; nothing was left behind")
+    assert list(tmp_path.iterdir()) == []
+
+
+# Verifying and measuring
+
+
+def damaged_copy(tiny: Bundle, folder: Path) -> Path:
+    """Return a copy whose manifest claims another phase than the graphs have."""
+    copy = shutil.copytree(tiny.path, folder / "copy")
+    table = json.loads((copy / "tokexport.json").read_text())
+    table["recipe"]["compress"][0]["phase"] = 0.5
+    (copy / "tokexport.json").write_text(json.dumps(table))
+    return copy
+
+
+def test_verify_proves_an_artefact_and_writes_its_report(run: Run, built: tuple[Path, Outcome]):
+    outcome = run("verify", built[0], "--json", "--threads", 1)
+    assert outcome.code == 0
+    assert outcome.document["passed"] is True
+    assert json.loads((built[0] / "reports" / "verify.json").read_text()) == outcome.document
+
+
+def test_verify_exits_with_3_where_the_artefact_is_wrong(run: Run, tiny_adsc: Bundle, tmp_path: Path):
+    copy = damaged_copy(tiny_adsc, tmp_path)
+    outcome = run("verify", copy, "--json", "--threads", 1)
+    assert outcome.code == 3
+    assert outcome.document["passed"] is False
+    assert outcome.error.startswith("parity failed at reference vs ort-portable, decoder_model_merged")
+    assert outcome.error.endswith(f"; inputs and both outputs are in {tmp_path / 'copy.repro'}")
+    assert (tmp_path / "copy.repro" / "inputs.npz").is_file()
+
+
+def test_verify_refuses_a_damaged_file(run: Run, tiny_adsc: Bundle, tmp_path: Path):
+    copy = damaged_copy(tiny_adsc, tmp_path)
+    path = copy / "onnx" / "decoder_model_merged.onnx_data"
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+    outcome = run("verify", copy)
+    assert outcome.code == 1
+    assert outcome.error == (f"{path} is damaged: its SHA-256 is not the one in the manifest; build the artefact again")
+
+
+def test_bench_exits_with_4_where_a_figure_misses_its_bar(run: Run, tiny_full: Bundle, monkeypatch: pytest.MonkeyPatch):
+    # A bar that no machine reaches, so that the figures of this one do not matter.
+    monkeypatch.setattr(
+        tokexport.engines.bench.Bar, "passed", property(lambda bar: bar.name != "full_prefill_of_transformers")
+    )
+    arguments = ("--repeats", 1, "--new-tokens", 1, "--threads", 1, "--json")
+    outcome = run("bench", tiny_full.path, *arguments, "--gate")
+    assert outcome.code == 4
+    assert outcome.error.startswith("1 figures miss their bars: prefill_ms of ort over that of transformers")
+    assert outcome.document["rows"]
