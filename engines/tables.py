@@ -13,6 +13,7 @@ from rich.table import Column, Table
 from tokexport.exporter.bundle import Bundle
 from tokexport.exporter.graph_io import GRAPHS, GraphName, TensorIO
 from tokexport.exporter.plan import TokenPlan, keep_text
+from tokexport.recipes.tables import table_of
 
 
 def new_table(*columns: str | Column, title: str = "", show_header: bool = True) -> Table:
@@ -130,7 +131,7 @@ def describe_bundle(bundle: Bundle) -> dict[str, Any]:
             "per_layer": list(bundle.plan.per_layer),
         },
         "graphs": {graph: _describe_graph(bundle, graph) for graph in GRAPHS},
-        "files": dict(manifest.files),
+        "files": table_of(manifest.files),
     }
 
 
@@ -168,7 +169,7 @@ def _describe_graph(bundle: Bundle, graph: GraphName) -> dict[str, Any]:
         "nodes": nodes.total(),
         "operators": dict(nodes.most_common()),
         "weight_bytes": path.with_name(f"{path.name}_data").stat().st_size,
-        "io": bundle.manifest.graphs[graph],
+        "io": table_of(bundle.manifest.graphs[graph]),
     }
 
 

@@ -38,6 +38,7 @@ ENGINES = "engines"
 _LIBRARIES = ("tokexport", "torch", "transformers", "onnx", "onnx-ir", "onnxscript", "onnxruntime", "safetensors")
 # A file larger than this is compared by size when an artefact is opened, by checksum when it is verified.
 _QUICK_CHECK_BYTES = 256 << 20
+_REPLACED = ".replaced"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,8 +69,8 @@ class Manifest:
     recipe: Mapping[str, Any]
     spec: VlmSpec
     plan: TokenPlan
-    graphs: Mapping[str, Any]
-    files: Mapping[str, Any] = field(default_factory=dict)
+    graphs: Mapping[str, GraphIO]
+    files: Mapping[str, FileRecord] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -95,7 +96,7 @@ class Bundle:
             raise BundleError(f"{path} {what}, so it is no artefact; make one with: tokexport build -o {path}")
         manifest = _read_manifest(path / MANIFEST)
         for name, record in manifest.files.items():
-            _check_file(path / name, parse_table(FileRecord, record, name), check_all=check_all)
+            _check_file(path / name, record, check_all=check_all)
         return cls(path, manifest)
 
     @property
@@ -114,7 +115,7 @@ class Bundle:
         return self.path / "onnx" / f"{graph}.onnx"
 
     def graph_io(self, graph: GraphName) -> GraphIO:
-        return parse_table(GraphIO, self.manifest.graphs[graph], graph)
+        return self.manifest.graphs[graph]
 
     def write_report(self, name: str, content: str | Mapping[str, Any]) -> Path:
         """Write ``reports/name``; a mapping is written as JSON."""
@@ -182,7 +183,7 @@ class BundleWriter:
     def commit(self) -> Bundle:
         """Move the finished artefact to its place, all at once."""
         _check_place(self.out, overwrite=self._overwrite)
-        replaced = self.staging.with_name(f"{self.staging.name}.replaced")
+        replaced = self.staging.with_name(f"{self.staging.name}{_REPLACED}")
         if self.out.exists():
             self.out.rename(replaced)
         try:
@@ -264,10 +265,17 @@ def _check_place(out: Path, *, overwrite: bool) -> None:
 
 
 def _remove_abandoned(out: Path) -> None:
-    """Remove what a build that was killed without a chance to clean up left beside ``out``."""
-    for path in out.parent.glob(f".{out.name}.*.*"):
+    """Remove what a build that was killed without a chance to clean up left beside ``out``.
+
+    One that was killed while it replaced an artefact left the old one aside: that goes back.
+    """
+    for path in sorted(out.parent.glob(f".{out.name}.*.*")):
         process = path.name.removeprefix(f".{out.name}.").partition(".")[0]
-        if path.is_dir() and process.isdecimal() and not _is_running(int(process)):
+        if not path.is_dir() or not process.isdecimal() or _is_running(int(process)):
+            continue
+        if path.name.endswith(_REPLACED) and not out.exists():
+            path.rename(out)
+        else:
             shutil.rmtree(path, ignore_errors=True)
 
 

@@ -42,7 +42,6 @@ from tokexport.exporter.trace import bind_weights, trace
 from tokexport.exporter.weights import Weights
 from tokexport.recipes.load import merged, recipe_table, recipe_toml
 from tokexport.recipes.schema import ModelTable, Recipe
-from tokexport.recipes.tables import table_of
 
 Progress = Callable[[str], None]
 
@@ -162,7 +161,7 @@ def export(
             recipe=recipe_table(made.recipe),
             spec=made.model.spec,
             plan=made.plan,
-            graphs={graph: table_of(io) for graph, io in interfaces.items()},
+            graphs={str(graph): io for graph, io in interfaces.items()},
         )
     )
     bundle.write_report("plan.json", _plan_report(made, made.recipe.plan.text_tokens))

@@ -33,6 +33,13 @@ class VlmSpec:
     image_size: int
     vision_grid: tuple[int, int]
 
+    def __post_init__(self) -> None:
+        for name, value in vars(self).items():
+            if isinstance(value, int) and value < 1:
+                raise RecipeError(f"the model's {name} = {value} must be at least 1")
+        if min(self.vision_grid) < 1:
+            raise RecipeError(f"an image of {self.image_size} pixels holds no patch; raise the model's image_size")
+
     @property
     def num_vision_tokens(self) -> int:
         """Vision tokens of one image when nothing is compressed."""
@@ -178,7 +185,7 @@ def stride_index(arriving: int, keep: int, phase: float) -> tuple[int, ...]:
     Position i is floor((i + phase) * arriving / keep): phase 0 takes the first token of each
     stretch, 0.5 its middle.
     """
-    return tuple(int((i + phase) * arriving / keep) for i in range(keep))
+    return tuple(min(int((i + phase) * arriving / keep), arriving - 1) for i in range(keep))
 
 
 def grid_index(grid: tuple[int, int], kept: tuple[int, int], phase: float) -> tuple[int, ...]:
@@ -245,12 +252,11 @@ def scaled_layers(layers: Sequence[int], before: int, after: int) -> tuple[int, 
     beyond = [layer for layer in layers if not 0 <= layer < before]
     if beyond:
         raise RecipeError(f"a bottleneck stands before layer {beyond[0]}: the model has the layers 0 to {before - 1}")
+    if len(layers) > after:
+        raise RecipeError(f"{len(layers)} bottlenecks do not fit into {after} layers; use {len(layers)} or more")
     moved: list[int] = []
-    for layer in layers:
+    for number, layer in enumerate(layers):
         least = moved[-1] + 1 if moved else 0
-        moved.append(max(least, round(layer * after / before)))
-    if moved and moved[-1] >= after:
-        raise RecipeError(
-            f"{len(layers)} bottlenecks do not fit into {after} layers; use at least {moved[-1] + 1} layers"
-        )
+        most = after - (len(layers) - number)  # leaves one layer for each that follows
+        moved.append(min(max(least, round(layer * after / before)), most))
     return tuple(moved)

@@ -72,7 +72,8 @@ def propose(spec: VlmSpec, budget: Budget, *, text_tokens: int) -> tuple[Proposa
     """
     best: list[Proposal] = []
     least = 1.0
-    for count in range(1, _MAX_BOTTLENECKS + 1):
+    most = min(_MAX_BOTTLENECKS, spec.num_vision_tokens.bit_length() - 1, spec.num_layers - 1)
+    for count in range(1, most + 1):
         found = list(_schedules(spec, count, text_tokens))
         least = min([least, *(getattr(proposal, budget.kind) for proposal in found)])
         fits = [proposal for proposal in found if getattr(proposal, budget.kind) <= budget.keep]

@@ -181,8 +181,7 @@ def _name_inputs_and_outputs(model: ir.Model, io: GraphIO) -> None:
 
 
 def _name_nodes(graph: ir.Graph) -> None:
-    """Name every node by the module it comes from, e.g. ``/layers.0/self_attn/q_proj/MatMul``, for "
-    "profiles and logs."""
+    """Name every node by the module it comes from, e.g. ``/layers.0/self_attn/q_proj/MatMul``."""
     seen: dict[str, int] = {}
     for node in graph:
         scopes = ast.literal_eval(node.metadata_props.get("pkg.torch.onnx.name_scopes", "['']"))

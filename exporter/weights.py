@@ -6,6 +6,7 @@ tensor on demand, so that a checkpoint never has to fit into memory.
 
 import json
 import math
+import re
 import zlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
@@ -87,7 +88,7 @@ class RandomWeights(Weights):
         shape = self._shapes[name]
         if "norm" in name:
             return torch.ones(shape) if name.endswith(".weight") else torch.zeros(shape)
-        generator = torch.Generator().manual_seed(self._seed * 2**32 + zlib.crc32(name.encode()))
+        generator = torch.Generator().manual_seed(zlib.crc32(f"{self._seed} {name}".encode()))
         is_table = "embed_tokens" in name or len(shape) < 2
         scale = 2.0 if is_table else 1 / math.sqrt(math.prod(shape[1:]))
         if name.endswith(".bias"):
@@ -182,15 +183,37 @@ def check_shapes(weights: Weights, expected: Shapes, source: str) -> None:
         raise CheckpointError(f"the weights of {source} do not fit its config.json: {'; '.join(faults)}")
 
 
+# Options of PEFT that make an adapter something else than W + scaling * B A.
+_OTHER_LORA = (
+    "use_dora",
+    "fan_in_fan_out",
+    "modules_to_save",
+    "use_qalora",
+    "lora_bias",
+    "alora_invocation_tokens",
+    "trainable_token_indices",
+    "target_parameters",
+    "layer_replication",
+    "arrow_config",
+)
+# Starts that leave the weights below the adapter as they were.
+_PLAIN_STARTS = (True, False, None, "gaussian", "orthogonal", "eva")
+
+
 def _require_plain_lora(config: Mapping[str, Any], directory: Path) -> None:
     if config.get("peft_type") != "LORA":
         raise CheckpointError(f"adapter {directory} is of type {config.get('peft_type')!r}, expected LORA")
-    for option in ("use_dora", "fan_in_fan_out", "modules_to_save", "use_qalora", "lora_bias"):
+    for option in _OTHER_LORA:
         if config.get(option):
             raise CheckpointError(
                 f"adapter {directory} sets {option} = {config[option]}, which cannot be merged; merge it "
                 "with PEFT and export the result"
             )
+    if config.get("init_lora_weights", True) not in _PLAIN_STARTS:
+        raise CheckpointError(
+            f"adapter {directory} was started with init_lora_weights = {config['init_lora_weights']!r}, which changes "
+            "the weights below it; merge it with PEFT and export the result"
+        )
     if config.get("bias", "none") != "none":
         raise CheckpointError(
             f'adapter {directory} trains biases (bias = "{config["bias"]}"); merge it with PEFT and export the result'
@@ -207,7 +230,12 @@ def _checked_pair(
     if set(pair) != {"A", "B"}:
         raise CheckpointError(f"adapter {directory} has only half of the LoRA pair of {module}; fetch it again")
     made = (pair["B"].shape[0], pair["A"].shape[1])
-    if made != base.shapes[name] or pair["A"].shape[0] != pair["B"].shape[1]:
+    if pair["A"].shape[0] != pair["B"].shape[1]:
+        raise CheckpointError(
+            f"adapter {directory} has lora_A of rank {pair['A'].shape[0]} and lora_B of rank {pair['B'].shape[1]} for "
+            f"{module}; fetch it again"
+        )
+    if made != base.shapes[name]:
         raise CheckpointError(
             f"adapter {directory} makes {_shape(made)} for {name}, expected {_shape(base.shapes[name])}; "
             "it was trained for another model"
@@ -216,8 +244,10 @@ def _checked_pair(
 
 
 def _scaling(config: Mapping[str, Any], module: str, pair: Mapping[str, Tensor]) -> float:
+    # PEFT's own rule: a key is a regular expression for the end of a module's name, from a dot on.
     patterns = config.get("alpha_pattern") or {}
-    alpha = next((value for key, value in patterns.items() if module.endswith(key)), config["lora_alpha"])
+    matching = (value for key, value in patterns.items() if re.match(rf"(.*\.)?({key})$", module))
+    alpha = next(matching, config["lora_alpha"])
     rank = pair["A"].shape[0]
     return alpha / math.sqrt(rank) if config.get("use_rslora") else alpha / rank
 
@@ -225,7 +255,10 @@ def _scaling(config: Mapping[str, Any], module: str, pair: Mapping[str, Tensor])
 def _shard_paths(directory: Path) -> list[Path]:
     index, single = directory / "model.safetensors.index.json", directory / "model.safetensors"
     if index.is_file():
-        names = sorted(set(_read_json(index, f"{index} is damaged").get("weight_map", {}).values()))
+        weight_map = _read_json(index, f"{index} is damaged").get("weight_map")
+        if not isinstance(weight_map, dict):
+            raise CheckpointError(f"{index} is damaged: it has no weight_map; fetch it again")
+        names = sorted({str(name) for name in weight_map.values()})
         missing = [name for name in names if not (directory / name).is_file()]
         if missing or not names:
             raise CheckpointError(

@@ -2,7 +2,7 @@
 
 import tomllib
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -33,11 +33,11 @@ def load_recipe(name_or_path: str, settings: Sequence[str] = ()) -> Recipe:
     Raises:
         RecipeError: no such recipe, not TOML, an unknown key or a wrong value.
     """
-    name, table = _read(name_or_path)
-    table = _inherit(name, table, seen=(name,))
+    source, table = _read(name_or_path)
+    table = _inherit(source, table, seen=())
     for setting in settings:
         table = _set(table, setting)
-    return parse_recipe(name, table)
+    return parse_recipe(source.name, table)
 
 
 def parse_recipe(name: str, table: Mapping[str, Any]) -> Recipe:
@@ -109,19 +109,29 @@ def _parse_compress(steps: object) -> tuple[CompressTable, ...]:
     return tuple(parsed)
 
 
-def _read(name_or_path: str) -> tuple[str, dict[str, Any]]:
+@dataclass(frozen=True)
+class _Source:
+    """Where a recipe was read: its name, what tells it from others, and where its neighbours are."""
+
+    name: str
+    identity: str
+    folder: Path | None
+
+
+def _read(name_or_path: str, folder: Path | None = None) -> tuple[_Source, dict[str, Any]]:
+    """Read a recipe by name, or by a path that is relative to ``folder``."""
     path = Path(name_or_path)
     if path.suffix == ".toml" or path.parent != Path():
+        path = path if folder is None else folder / path
         if not path.is_file():
             raise RecipeError(
-                f"there is no recipe file {name_or_path}; give a path that exists, or a name from 'tokexport list'"
+                f"there is no recipe file {path}; give a path that exists, or a name from 'tokexport list'"
             )
-        return path.stem, _loads(path.read_bytes(), name_or_path)
+        return _Source(path.stem, str(path.resolve()), path.parent), _loads(path.read_bytes(), str(path))
     if name_or_path not in list_recipes():
         raise RecipeError(f"there is no recipe {name_or_path!r}{nearest(name_or_path, list_recipes())}")
-    return name_or_path, _loads(
-        (resources.files("tokexport.recipes") / f"{name_or_path}.toml").read_bytes(), name_or_path
-    )
+    content = (resources.files("tokexport.recipes") / f"{name_or_path}.toml").read_bytes()
+    return _Source(name_or_path, name_or_path, None), _loads(content, name_or_path)
 
 
 def _loads(content: bytes, where: str) -> dict[str, Any]:
@@ -131,14 +141,16 @@ def _loads(content: bytes, where: str) -> dict[str, Any]:
         raise RecipeError(f"recipe {where} is not valid TOML: {error}") from error
 
 
-def _inherit(name: str, table: dict[str, Any], seen: tuple[str, ...]) -> dict[str, Any]:
+def _inherit(source: _Source, table: dict[str, Any], seen: tuple[_Source, ...]) -> dict[str, Any]:
     base_name = table.pop("extends", None)
     if base_name is None:
         return table
-    if base_name in seen:
-        raise RecipeError(f"recipe {name} extends itself: {' -> '.join((*seen, base_name))}")
-    base_name, base = _read(str(base_name))
-    return merged(_inherit(base_name, base, (*seen, base_name)), table)
+    base_source, base = _read(str(base_name), source.folder)
+    chain = (*seen, source)
+    if base_source.identity in {entry.identity for entry in chain}:
+        path = " -> ".join(entry.name for entry in (*chain, base_source))
+        raise RecipeError(f"recipe {source.name} extends itself: {path}; remove one extends")
+    return merged(_inherit(base_source, base, chain), table)
 
 
 def merged(base: Mapping[str, Any], change: Mapping[str, Any]) -> dict[str, Any]:
@@ -174,6 +186,9 @@ def _replaced(node: Any, keys: Sequence[str], value: object, path: str) -> Any:
 
 def _toml_value(text: str) -> object:
     try:
-        return tomllib.loads(f"value = {text}")["value"]
+        table = tomllib.loads(f"value = {text}")
     except tomllib.TOMLDecodeError:
         return text
+    if len(table) > 1:
+        raise RecipeError(f"--set takes one value, not the lines {text!r}")
+    return table["value"]

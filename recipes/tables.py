@@ -61,7 +61,7 @@ def _parse_value(hint: Any, value: object, where: str) -> Any:
     if origin is not None and issubclass(origin, Mapping):
         if not isinstance(value, Mapping):
             raise RecipeError(f"{where} must be a table, not {_shown(value)}")
-        return value
+        return {key: _parse_value(args[1], entry, f"{where} {key}") for key, entry in value.items()}
     return _parse_scalar(hint, value, where)
 
 

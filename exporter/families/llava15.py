@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor, nn
 from transformers import (
     CLIPVisionConfig,
@@ -71,11 +72,17 @@ class Llava15(Family):
                 f'{path} describes a model of type {model_type!r}, expected "llava"; family llava15 takes '
                 "LLaVA-1.5 checkpoints only"
             )
-        return LlavaConfig.from_pretrained(directory)
+        try:
+            return LlavaConfig.from_pretrained(directory)
+        except (StrictDataclassError, ValueError, TypeError) as error:
+            raise CheckpointError(f"{path} is not valid: {' '.join(str(error).split())}") from error
 
     def make_config(self, base: PreTrainedConfig | None, changes: Mapping[str, Any]) -> PreTrainedConfig:
-        table = (base or LlavaConfig()).to_dict()
-        return LlavaConfig.from_dict(_merged(table, changes, "[model.architecture]"))
+        table = _merged((base or LlavaConfig()).to_dict(), changes, "[model.architecture]")
+        try:
+            return LlavaConfig.from_dict(table)
+        except (StrictDataclassError, ValueError, TypeError) as error:
+            raise RecipeError(f"[model.architecture] is not valid: {' '.join(str(error).split())}") from error
 
     def layer_change(self, num_layers: int) -> Mapping[str, Any]:
         return {"text_config": {"num_hidden_layers": num_layers}}
@@ -93,6 +100,12 @@ class Llava15(Family):
             raise CheckpointError(
                 f"vision_feature_layer = {config.vision_feature_layer} takes several layers, which "
                 "LLaVA-1.5 does not; expected one number"
+            )
+        num_tower_layers = vision.num_hidden_layers
+        if not -num_tower_layers - 1 <= config.vision_feature_layer <= num_tower_layers:
+            raise CheckpointError(
+                f"vision_feature_layer = {config.vision_feature_layer} is outside of the vision tower, which has "
+                f"{num_tower_layers} layers"
             )
         image_size, patch_size = vision.image_size, vision.patch_size
         if not isinstance(image_size, int) or not isinstance(patch_size, int):

@@ -25,7 +25,9 @@ class FoldWeightTransposes(InPlacePass):
                 continue
             if len(weight.uses()) > 1:
                 continue
-            tensor = _transposed(weight.const_value, tuple(node.attributes["perm"].as_ints()))
+            reverse = range(len(weight.const_value.shape) - 1, -1, -1)
+            order = node.attributes["perm"].as_ints() if "perm" in node.attributes else reverse
+            tensor = _transposed(weight.const_value, tuple(order))
             name = f"{weight.name}.transposed"
             folded = ir.Value(name=name, shape=tensor.shape, type=ir.TensorType(tensor.dtype), const_value=tensor)
             self.renamed[weight.name] = name

@@ -24,6 +24,9 @@ from onnx_ir.passes.common import RemoveUnusedNodesPass
 from tokexport.errors import ExportError
 
 DOMAIN = "com.microsoft"
+# What the attributes have to be, whether written out or left to their default.
+_PLAIN_ATTENTION = {"is_causal": 1, "softcap": 0, "qk_matmul_output_mode": 0}
+_PLAIN_ROTATION = {"interleaved": 0, "num_heads": 0, "rotary_embedding_dim": 0}
 
 
 class FuseGroupQueryAttention(InPlacePass):
@@ -49,6 +52,7 @@ class FuseGroupQueryAttention(InPlacePass):
         return PassResult(model, modified=self.count > 0)
 
     def _fuse(self, graph: ir.Graph, attention: ir.Node) -> None:
+        _require_plain(attention, _PLAIN_ATTENTION, used_inputs=(0, 1, 2, 6))
         query, keys, values, length = (attention.inputs[index] for index in (0, 1, 2, 6))
         key_write, value_write = _producer(keys, "TensorScatter"), _producer(values, "TensorScatter")
         merge_transpose = _only_user(attention.outputs[0], "Transpose")
@@ -97,8 +101,21 @@ class FuseGroupQueryAttention(InPlacePass):
 def _rotated(new: tape.Tape, split: ir.Value | None, num_heads: int) -> ir.Value:
     """Return the rotation of heads that stay side by side."""
     rotary = _producer(split, "RotaryEmbedding")
+    _require_plain(rotary, _PLAIN_ROTATION, used_inputs=(0, 1, 2, 3))
     inputs = [_unsplit(rotary.inputs[0]), *rotary.inputs[1:]]
     return new.op("RotaryEmbedding", inputs, {"num_heads": num_heads}, name=rotary.name)
+
+
+def _require_plain(node: ir.Node, plain: dict[str, int], used_inputs: tuple[int, ...]) -> None:
+    """Refuse a node that says more than the fused operator will."""
+    others = {name: item.value for name, item in node.attributes.items() if plain.get(name) != item.value}
+    missing = [name for name, value in plain.items() if value and name not in node.attributes]
+    extra = [index for index, value in enumerate(node.inputs) if value is not None and index not in used_inputs]
+    if others or missing or extra:
+        raise ExportError(
+            f"{node.name} cannot be fused: its attributes {others or missing} and inputs {extra} ask for something "
+            "else than causal attention with whole-head rotation"
+        )
 
 
 def _unsplit(value: ir.Value | None) -> ir.Value:

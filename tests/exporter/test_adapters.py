@@ -74,10 +74,6 @@ def edit_tensors(adapter: Path, change: Callable[[dict[str, Tensor]], object]) -
     save_file(tensors, path)
 
 
-def not_as_peft(reason: str) -> pytest.MarkDecorator:
-    return pytest.mark.xfail(strict=True, raises=AssertionError, reason=reason)
-
-
 @pytest.mark.parametrize(
     "options",
     [
@@ -92,12 +88,10 @@ def not_as_peft(reason: str) -> pytest.MarkDecorator:
         pytest.param(
             {"alpha_pattern": {r"language_model\.layers\.[01]\..*q_proj": 32}},
             id="alpha by expression",
-            marks=not_as_peft("keys of alpha_pattern are compared as text, not as expressions"),
         ),
         pytest.param(
             {"alpha_pattern": {r"^model\.language_model\..*\.q_proj": 32}},
             id="alpha by whole name",
-            marks=not_as_peft("keys of alpha_pattern are compared as text, not as expressions"),
         ),
     ],
 )
@@ -108,7 +102,6 @@ def test_an_adapter_is_merged_as_peft_merges_it(options: dict[str, Any], checkpo
     assert_merged_as_peft_does(checkpoint, made)
 
 
-@not_as_peft("a key of alpha_pattern may end in the middle of a module's name")
 def test_an_alpha_for_a_part_of_a_name_is_for_no_module(checkpoint: Path, lora: Callable[..., Lora]):
     made = lora()
     edit_config(made.folder, alpha_pattern={"proj": 32})
@@ -162,7 +155,6 @@ def test_an_adapter_that_is_no_plain_lora_is_refused(
     assert str(caught.value).startswith(f"adapter {folder} {text}")
 
 
-@pytest.mark.xfail(strict=True, reason="these options of PEFT are not looked at, and the weights come out wrong")
 @pytest.mark.parametrize(
     "changes",
     [{"init_lora_weights": "pissa"}, {"init_lora_weights": "olora"}, {"alora_invocation_tokens": [5, 6]}],
@@ -193,7 +185,7 @@ _Q = "base_model.model.model.language_model.layers.0.self_attn.q_proj.lora"
         ),
         (
             lambda t: t.update({f"{_Q}_A.weight": torch.ones(3, 64)}),
-            f"makes 64 x 64 for {QUERY}",
+            "has lora_A of rank 3 and lora_B of rank 4 for model.language_model.layers.0",
         ),
         (
             lambda t: t.update({f"{_Q.replace('layers.0', 'layers.9')}_A.weight": torch.ones(4, 64)}),

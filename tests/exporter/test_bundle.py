@@ -169,9 +169,7 @@ def test_what_others_have_beside_the_artefact_stays(tmp_path: Path, tiny_full: B
 
 def test_a_disk_that_is_too_small_is_refused_before_anything_is_written(tmp_path: Path):
     with (
-        pytest.raises(
-            BundleError, match=r"out needs 1,000,000,000,000 MB and its disk has [\d,]+ MB free; choose another"
-        ),
+        pytest.raises(BundleError, match=r"out needs 1,000,000,000,000 MB and its disk has [\d,]+ MB free; choose"),
         BundleWriter(tmp_path / "out") as writer,
     ):
         writer.require_room(10**18)
@@ -298,7 +296,6 @@ def test_a_damaged_manifest_is_refused(copy: Path, change: Callable[[dict[str, A
         Bundle.open(copy)
 
 
-@pytest.mark.xfail(strict=True, reason="the entries of files are read outside of the check of the manifest")
 def test_a_damaged_list_of_files_is_refused_as_an_artefact(copy: Path):
     change_manifest(copy, lambda table: table["files"].update({"config.json": {"bytes": "many"}}))
     with pytest.raises(BundleError, match="build the artefact again"):

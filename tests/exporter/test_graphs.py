@@ -292,7 +292,7 @@ def test_the_reference_of_onnx_computes_the_same_step(tiny_adsc: Bundle, past: i
     ours = run(tiny_adsc, inputs)
     reference = ReferenceEvaluator(str(tiny_adsc.graph_path(DECODER)))
     for name, expected in zip(reference.output_names, reference.run(None, dict(inputs)), strict=True):
-        np.testing.assert_allclose(ours[name], expected, rtol=1e-4, atol=1e-3, err_msg=name)
+        np.testing.assert_allclose(ours[name], np.asarray(expected), rtol=1e-4, atol=1e-3, err_msg=name)
 
 
 def test_the_reference_of_onnx_sees_the_same_image(tiny_adsc: Bundle):

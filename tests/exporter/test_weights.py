@@ -194,9 +194,6 @@ def test_random_weights_do_not_depend_on_the_order_of_reading():
     assert all(torch.equal(first[name], second[name]) for name in first)
 
 
-@pytest.mark.xfail(
-    strict=True, reason="torch takes only the lower 32 bits of a seed, and RandomWeights puts the seed above"
-)
 def test_another_seed_gives_other_weights():
     assert not torch.equal(random_weights(0).load(QUERY), random_weights(1).load(QUERY))
 
@@ -285,7 +282,6 @@ def test_a_truncated_shard_is_named(sharded: Path):
         pytest.param(
             '{"weight_map": []}',
             id="list inside",
-            marks=pytest.mark.xfail(strict=True, raises=AttributeError, reason="the kind of weight_map is not checked"),
         ),
     ],
 )
@@ -347,6 +343,15 @@ def test_an_architecture_that_cannot_be_exported_is_refused(
     with pytest.raises(CheckpointError) as caught:
         planned(recipe_for(folder))
     assert str(caught.value).startswith(text)
+
+
+@pytest.mark.parametrize("layer", [5, -9])
+def test_a_tower_layer_that_does_not_exist_is_refused(checkpoint: Path, tmp_path: Path, layer: int):
+    folder = shutil.copytree(checkpoint, tmp_path / "changed")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "vision_feature_layer": layer}))
+    with pytest.raises(CheckpointError, match="vision_feature_layer"):
+        planned(recipe_for(folder))
 
 
 @pytest.mark.parametrize("name", ["nowhere", "./no/where", "a/b/c", "~/no/where/at/all"])

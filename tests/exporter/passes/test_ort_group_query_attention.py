@@ -179,7 +179,6 @@ def test_a_cached_attention_of_another_form_is_refused(
     assert str(caught.value).endswith(text)
 
 
-@pytest.mark.xfail(strict=True, reason="attributes and masks of the attention are dropped without a word")
 @pytest.mark.parametrize(
     ("op_type", "attribute"),
     [
