@@ -77,7 +77,9 @@ def _answer_options(command: Command) -> Command:
             type=click.Path(path_type=Path),
             help="Image file; may be given more than once.",
         ),
-        click.option("--max-new-tokens", default=64, show_default=True, help="Longest answer."),
+        click.option(
+            "--max-new-tokens", default=64, show_default=True, type=click.IntRange(min=1), help="Longest answer."
+        ),
         click.option("--temperature", default=0.0, show_default=True, help="0 takes the likeliest token."),
         click.option("--top-k", default=0, show_default=True, help="Draw from so many tokens; 0 is all."),
         click.option("--top-p", default=1.0, show_default=True, help="Draw from tokens holding this probability."),
@@ -160,9 +162,7 @@ def build(
         terminal.show(verify_table(verified))
     if measured:
         terminal.show(*bench_tables(measured))
-    terminal.show(
-        f"[green]built[/] {built.bundle.path}", f"  ask it:  tokexport run {place} --image FILE --prompt TEXT"
-    )
+    terminal.show(f"built {built.bundle.path}", f"  ask it:  tokexport run {place} --image FILE --prompt TEXT")
     if as_json:
         _print_json(
             {
@@ -186,7 +186,7 @@ def export(out: Path | None, overwrite: bool, as_json: bool, quiet: bool, **reci
     loaded, terminal = _recipe(**recipe), Terminal(quiet=quiet)
     with terminal.working():
         bundle = export_only(loaded, out or Path("out") / loaded.name, overwrite=overwrite, progress=terminal.step)
-    terminal.show(f"[green]exported[/] {bundle.path}; not verified")
+    terminal.show(f"exported {bundle.path}; not verified")
     if as_json:
         _print_json({"path": str(bundle.path), "plan": bundle.read_report("plan.json")})
 
@@ -228,7 +228,7 @@ def plan(text_tokens: int | None, solve: str | None, as_json: bool, quiet: bool,
 @_output_options
 def verify(artefact: Path, backend: str, threads: int | None, model: str | None, as_json: bool, quiet: bool) -> None:
     """Prove that an artefact computes what its checkpoint does. Exit code 3 if not."""
-    from tokexport.engines.build import repro_folder, verify_artefact
+    from tokexport.engines.build import verify_artefact
     from tokexport.engines.parity import failure_text
     from tokexport.engines.tables import verify_table
 
@@ -240,7 +240,7 @@ def verify(artefact: Path, backend: str, threads: int | None, model: str | None,
     if as_json:
         _print_json(report)
     if not verification.passed:
-        raise ParityError(failure_text(verification, repro_folder(artefact)))
+        raise ParityError(failure_text(verification))
 
 
 @cli.command()
@@ -308,7 +308,7 @@ def chat(artefact: Path, images: tuple[Path, ...], as_json: bool, quiet: bool, *
     """Talk in several turns on one cache. /image FILE adds an image, /reset starts anew, /quit ends."""
     terminal = Terminal(quiet=quiet)
     vlm, chat_ = _open_chat(artefact, options)
-    terminal.show("[dim]/image FILE adds an image to the next question, /reset starts anew, /quit ends[/]")
+    terminal.show("/image FILE adds an image to the next question, /reset starts anew, /quit ends")
     waiting = list(images)
     for line in _questions():
         command, _, argument = line.partition(" ")
@@ -319,7 +319,7 @@ def chat(artefact: Path, images: tuple[Path, ...], as_json: bool, quiet: bool, *
         elif command == "/reset":
             chat_, waiting = _new_chat(vlm, options), list(images)
         elif command.startswith("/"):
-            terminal.show(f"[yellow]there is no command {command}; /image FILE, /reset and /quit are known[/]")
+            terminal.show(f"there is no command {command}; /image FILE, /reset and /quit are known")
         else:
             waiting = _turn(chat_, line, waiting, as_json=as_json)
 
@@ -372,7 +372,7 @@ def doctor(as_json: bool, quiet: bool) -> None:
         )
     engines = new_table("engine", "", title="engines")
     for entry in report["engines"]:
-        engines.add_row(entry["name"], "[green]ready[/]" if entry["available"] else f"[yellow]{entry['reason']}[/]")
+        engines.add_row(entry["name"], "ready" if entry["available"] else entry["reason"])
     Terminal(quiet=quiet).show(table, engines)
     if as_json:
         _print_json(report)
@@ -397,6 +397,8 @@ def main() -> None:
     except BrokenPipeError:
         sys.stderr.close()
         sys.exit(1)
+    except OSError as error:
+        _fail(f"{error.filename or 'a file'}: {error.strerror or error}", 1)
 
 
 def _interrupt(_signal: int, _frame: FrameType | None) -> None:
@@ -455,7 +457,7 @@ def _turn(chat_: "Chat", question: str, images: list[Path], *, as_json: bool) ->
         if not sys.stdin.isatty():
             raise
         click.echo(f"error: {error}", err=True)
-        return []
+        return images
     click.echo(json.dumps(asdict(chat_.last))) if as_json else click.echo()
     return []
 
@@ -463,11 +465,11 @@ def _turn(chat_: "Chat", question: str, images: list[Path], *, as_json: bool) ->
 def _show_timing(terminal: Terminal, chat_: "Chat", vlm: "Vlm") -> None:
     answer = chat_.last
     terminal.show(
-        f"[dim]{answer.prompt_tokens} text tokens, first token after {answer.ttft_ms:.0f} ms, "
-        f"{len(answer.token_ids)} tokens in {answer.total_ms:.0f} ms, cache {vlm.session.kv_bytes / 1e6:.1f} MB[/]"
+        f"{answer.prompt_tokens} text tokens, first token after {answer.ttft_ms:.0f} ms, "
+        f"{len(answer.token_ids)} tokens in {answer.total_ms:.0f} ms, cache {vlm.session.kv_bytes / 1e6:.1f} MB"
     )
     if vlm.bundle.manifest.model.weights == "random":
-        terminal.show("[dim]the weights are random, so the answer means nothing[/]")
+        terminal.show("the weights are random, so the answer means nothing")
 
 
 def _print_json(document: Mapping[str, Any]) -> None:

@@ -7,8 +7,6 @@ B batch, T tokens, P prefix, V vision, S suffix, N images, M vision tokens of an
 language model, D width, Q logits asked for, W vocabulary, G layer groups
 """
 
-import importlib
-import pkgutil
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -17,9 +15,11 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from tokexport.errors import BackendUnavailableError, InputError, nearest
+from tokexport.engines import backends
+from tokexport.errors import BackendUnavailableError, InputError
 from tokexport.exporter.bundle import Bundle
 from tokexport.exporter.plan import DTYPE_BYTES, TokenPlan, VlmSpec
+from tokexport.exporter.registry import list_plugins, load_plugin
 
 DEFAULT_BACKEND = "ort"
 
@@ -61,8 +61,9 @@ class SessionOptions:
     ) -> "SessionOptions":
         """Fill what is None from the artefact's recipe."""
         table = bundle.recipe.session
+        usual = min(table.max_text_tokens, bundle.spec.max_positions)
         return cls(
-            max_text_tokens=table.max_text_tokens if max_text_tokens is None else max_text_tokens,
+            max_text_tokens=usual if max_text_tokens is None else max_text_tokens,
             max_images=table.max_images if max_images is None else max_images,
             threads=threads,
             model=model,
@@ -90,10 +91,20 @@ class Session(ABC):
 
     Attributes:
         plan: the tokens this session computes with.
+        conversation: whose turns the cache holds now.
+
+    Raises:
+        InputError: more room for text is asked for than the model has positions.
     """
 
     def __init__(self, spec: VlmSpec, plan: TokenPlan, options: SessionOptions) -> None:
+        if options.max_text_tokens > spec.max_positions:
+            raise InputError(
+                f"max-text-tokens {options.max_text_tokens} is more than the {spec.max_positions} positions of the "
+                "model; choose a smaller number"
+            )
         self.spec, self.plan, self.options = spec, plan, options
+        self.conversation: object = None
 
     @property
     def capacities(self) -> tuple[int, ...]:
@@ -141,11 +152,16 @@ class Backend(ABC):
     dtypes: tuple[str, ...] = ("float32", "float16", "bfloat16")
     """Precisions of graphs that it runs."""
 
+    @property
+    def name(self) -> str:
+        """What it is called on the command line."""
+        return type(self).__module__.rpartition(".")[2].replace("_", "-")
+
     def require(self, dtype: str) -> None:
         """Raise ``BackendUnavailableError`` if graphs in ``dtype`` cannot be run."""
         if dtype not in self.dtypes:
             raise BackendUnavailableError(
-                f"{type(self).__name__} does not run graphs in {dtype}, only in {' and '.join(self.dtypes)}; choose "
+                f"backend {self.name!r} does not run graphs in {dtype}, only in {' and '.join(self.dtypes)}; choose "
                 "one of these with --dtype, or write the graphs without running them: tokexport export"
             )
 
@@ -160,27 +176,17 @@ class Backend(ABC):
 
 def list_backends() -> list[str]:
     """Return the names of all engines."""
-    import tokexport.engines.backends as package
-
-    return sorted(module.name.replace("_", "-") for module in pkgutil.iter_modules(package.__path__))
+    return list_plugins(backends)
 
 
 def load_backend(name: str) -> Backend:
     """Return the engine called ``name``.
 
     Raises:
-        BackendUnavailableError: there is none.
+        BackendUnavailableError: there is none, or a package it needs is missing.
     """
-    if name not in list_backends():
-        raise BackendUnavailableError(f"there is no backend {name!r}{nearest(name, list_backends())}")
-    module = importlib.import_module(f"tokexport.engines.backends.{name.replace('-', '_')}")
-    found = [
-        item
-        for item in vars(module).values()
-        if isinstance(item, type) and issubclass(item, Backend) and item.__module__ == module.__name__
-    ]
-    assert len(found) == 1, f"{module.__name__} must define one Backend, not {found}"
-    return found[0]()
+    found = load_plugin(backends, Backend, name, "backend", BackendUnavailableError)
+    return found()  # pyright: ignore[reportAbstractUsage] - what a file defines is whole
 
 
 def open_session(path: Path | Bundle, backend: str = DEFAULT_BACKEND, options: SessionOptions | None = None) -> Session:

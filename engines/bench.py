@@ -1,6 +1,7 @@
 """What was gained: {PyTorch, engine} x {all tokens, compressed} beside the plan's prediction, with control arms.
 
-All engines are open at once, each in its own process, and take turns; figures are medians.
+All engines are open at once, each in its own process, and take turns; a turn is one run to get warm
+and one that counts. Figures are medians.
 """
 
 import contextlib
@@ -18,10 +19,10 @@ from tokexport.engines.environment import describe_environment
 from tokexport.engines.report import write_reports
 from tokexport.engines.source import source_design
 from tokexport.engines.worker import EngineProcess, Footprint, Timing, Workload
-from tokexport.errors import InputError
+from tokexport.errors import BackendUnavailableError, BundleError, InputError
 from tokexport.exporter.bundle import Bundle, BundleWriter
 from tokexport.exporter.export import Design, design, export
-from tokexport.exporter.method import load_methods
+from tokexport.exporter.method import load_methods, plan_tokens
 from tokexport.exporter.plan import TokenPlan, kv_cache_bytes, prefill_flops
 from tokexport.recipes.schema import CompressTable
 
@@ -115,13 +116,11 @@ def bench(
     """
     _at_least("repeats", repeats, 1)
     _at_least("new-tokens", new_tokens, 1)
-    load_backend(engine).require(bundle.recipe.export.dtype)
-    made = source_design(bundle, options.model)
-    for control in controls:  # a wrong name is found out before the work
-        load_methods([_control(control, made)])
     text_tokens = bundle.recipe.plan.text_tokens if text_tokens is None else text_tokens
-    _at_least("text-tokens", text_tokens, 1)
+    _at_least("text-tokens", text_tokens, 0)
     workload = Workload(text_tokens=text_tokens, new_tokens=new_tokens)
+    made = source_design(bundle, options.model)
+    _require_measurable(engine, made, workload, controls)
     options = replace(options, max_text_tokens=text_tokens + new_tokens, max_images=1)
     with _arms(bundle, engine, made, controls, progress) as arms:
         progress("opening the engines")
@@ -135,6 +134,26 @@ def bench(
         workload={**asdict(workload), "repeats": repeats, "batch": 1},
         environment=asdict(describe_environment(options.threads)),
     )
+
+
+def _require_measurable(engine: str, made: Design, workload: Workload, controls: Sequence[str]) -> None:
+    """Find out before the work what would stop it."""
+    backend, spec = load_backend(engine), made.model.spec
+    backend.require(made.recipe.export.dtype)
+    if not backend.is_compressed:
+        raise BackendUnavailableError(
+            f"backend {engine!r} runs all tokens, so it has no gain to measure; choose another"
+        )
+    for control in controls if made.methods else ():
+        if control not in (step.method for step in made.recipe.compress):
+            plan_tokens(load_methods([_control(control, made)]), spec)
+    longest = made.plan.entering_llm + workload.text_tokens + workload.new_tokens
+    if longest > spec.max_positions:
+        raise InputError(
+            f"{longest} tokens are more than the {spec.max_positions} positions of the model; ask for "
+            "fewer text or new "
+            "tokens"
+        )
 
 
 def bench_artefact(
@@ -184,15 +203,15 @@ def _arms(
     if name == FULL:
         yield [*arms, Arm(bundle=bundle, engine=engine, method=FULL)]
         return
-    with tempfile.TemporaryDirectory(prefix=f".{bundle.path.name}.{os.getpid()}.", dir=bundle.path.parent) as folder:
-        arms.append(Arm(bundle=_twin(bundle, made, (), Path(folder) / FULL, progress), engine=engine, method=FULL))
+    with _scratch(bundle.path) as folder:
+        arms.append(Arm(bundle=_twin(bundle, made, (), folder / FULL, progress), engine=engine, method=FULL))
         if engine != REFERENCE:
             arms.append(Arm(bundle=bundle, engine=REFERENCE, method=name))
         arms.append(Arm(bundle=bundle, engine=engine, method=name))
         for control in controls:
             if control == name:
                 continue
-            twin = _twin(bundle, made, (_control(control, made),), Path(folder) / control, progress)
+            twin = _twin(bundle, made, (_control(control, made),), folder / control, progress)
             arms.append(Arm(bundle=twin, engine=engine, method=control, is_control=True))
         yield arms
 
@@ -200,6 +219,24 @@ def _arms(
 def _control(method: str, made: Design) -> CompressTable:
     """Return the method at the same mean of vision tokens per layer."""
     return CompressTable(method=method, options={"keep": max(1, round(made.plan.mean_vision_tokens))})
+
+
+@contextlib.contextmanager
+def _scratch(path: Path) -> Generator[Path]:
+    """Give a folder on the artefact's disk, so that weights can be linked.
+
+    It is named like what a build leaves when it is killed, so that the next build removes it.
+    """
+    name = path.name if path.name.startswith(".") else f".{path.name}.{os.getpid()}"
+    try:
+        folder = tempfile.TemporaryDirectory(prefix=f"{name}.bench.", dir=path.parent)
+    except OSError as error:
+        raise BundleError(
+            f"{path.parent} cannot be written ({error.strerror}), where the artefacts to compare with have to stand; "
+            "copy the artefact to a place that can be written"
+        ) from error
+    with folder:
+        yield Path(folder.name)
 
 
 def _twin(bundle: Bundle, made: Design, compress: tuple[CompressTable, ...], out: Path, progress: Progress) -> Bundle:

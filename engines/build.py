@@ -6,7 +6,7 @@ from pathlib import Path
 
 from tokexport.engines.backend import DEFAULT_BACKEND, SessionOptions, load_backend
 from tokexport.engines.bench import Bench, bench
-from tokexport.engines.parity import Verification, failure_text, verify
+from tokexport.engines.parity import Verification, failure_text, require_provable, verify
 from tokexport.engines.report import write_reports
 from tokexport.errors import ParityError
 from tokexport.exporter.bundle import Bundle, BundleWriter
@@ -60,7 +60,10 @@ def build(
         ParityError: the artefact does not compute what the checkpoint does.
     """
     # An engine that cannot do it is found out before the work, not behind it.
-    load_backend(backend).require(recipe.export.dtype)
+    if with_verify:
+        require_provable(backend, recipe.export.dtype)
+    if with_bench:
+        load_backend(backend).require(recipe.export.dtype)
     made = design(recipe)
     repro = repro_folder(out)
     with BundleWriter(out, overwrite=overwrite) as writer:
@@ -73,7 +76,7 @@ def build(
             )
             bundle.write_report("verify.json", verification.report())
             if not verification.passed:
-                raise ParityError(failure_text(verification, repro))
+                raise ParityError(failure_text(verification))
         if with_bench:
             measured = bench(
                 bundle, backend, options, repeats=_SHORT_BENCH_REPEATS, controls=(), progress=progress, tick=tick

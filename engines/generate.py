@@ -20,7 +20,7 @@ IMAGE = -1
 # Colder than this, logits divided by it overflow; hotter, all tokens are alike.
 _TEMPERATURES = (0.001, 1000.0)
 
-EndedBy = Literal["stop token", "max_new_tokens", "full cache"]
+EndedBy = Literal["stop token", "max_new_tokens", "full cache", "interrupted"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,10 +97,11 @@ class Conversation:
 
     def __init__(self, session: Session) -> None:
         session.reset()
+        session.conversation = self
         self.session = session
         self.text_tokens = 0
         self.num_images = 0
-        self.ended_by: EndedBy = "stop token"
+        self.ended_by: EndedBy = "interrupted"
         self._position = 0
 
     @property
@@ -125,10 +126,16 @@ class Conversation:
             InputError: nothing to run, images that do not match the markers, or no room left.
         """
         self._check(token_ids, images)
-        logits = [
-            self._step(prefix, image, suffix, all_logits=all_logits)
-            for prefix, image, suffix in _spans(token_ids, images)
-        ]
+        before = (self.text_tokens, self.num_images, self._position)
+        try:
+            logits = [
+                self._step(prefix, image, suffix, all_logits=all_logits)
+                for prefix, image, suffix in _spans(token_ids, images)
+            ]
+        except BaseException:
+            # What the cache holds behind these counts is overwritten by the next tokens.
+            self.text_tokens, self.num_images, self._position = before
+            raise
         return np.concatenate(logits) if all_logits else logits[-1]
 
     def answer(
@@ -140,16 +147,17 @@ class Conversation:
         cache, the last one too, so that a next turn finds the whole answer; when there is no room
         for one, the answer ends with it.
         """
-        self.ended_by = "stop token"
+        self.ended_by = "interrupted"
         for _ in range(max_new_tokens):
             token = sampler(logits_QW[-1])
             if token in stop_ids:
+                self.ended_by = "stop token"
                 return
             try:
                 yield token
             finally:  # also where the listener leaves: the token was said
                 has_room = self.room >= 1
-                if has_room:
+                if has_room and self.session.conversation is self:
                     logits_QW = self.feed([token])
             if not has_room:
                 self.ended_by = "full cache"
@@ -193,6 +201,8 @@ class Conversation:
 
     def _check(self, token_ids: Sequence[int], images: Sequence[Array]) -> None:
         session, markers = self.session, sum(token == IMAGE for token in token_ids)
+        if session.conversation is not self:
+            raise InputError("another conversation has begun on this session; start a new one")
         num_text = len(token_ids) - markers
         if not token_ids:
             raise InputError("the prompt is empty; give at least one token")

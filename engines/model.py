@@ -12,7 +12,7 @@ from tokexport.engines.backend import DEFAULT_BACKEND, Session, SessionOptions, 
 from tokexport.engines.generate import Conversation, EndedBy, Sampler, Sampling
 from tokexport.engines.images import as_rgb, load_image
 from tokexport.engines.prompt import Dialogue, PromptProcessor
-from tokexport.errors import InputError, TokexportError
+from tokexport.errors import InputError
 from tokexport.exporter.bundle import Bundle
 
 ImageLike = Image.Image | Path | str
@@ -33,7 +33,7 @@ class Answer:
 
     text: str = ""
     token_ids: list[int] = field(default_factory=list)
-    ended_by: EndedBy = "stop token"
+    ended_by: EndedBy = "interrupted"
     prompt_tokens: int = 0
     ttft_ms: float = 0.0
     total_ms: float = 0.0
@@ -111,7 +111,7 @@ class Chat:
             logits = self._conversation.feed(
                 token_ids, [] if features is None else [features[i : i + 1] for i in range(len(images))]
             )
-        except TokexportError:
+        except BaseException:
             del self._dialogue.messages[said:]
             self._dialogue.read_text = read
             raise

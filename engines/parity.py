@@ -10,6 +10,7 @@ first and the second. The right side is fed the tokens that the left side chose;
 chosen the same at every step, its greedy answers are the same.
 """
 
+import contextlib
 import json
 import shutil
 import time
@@ -29,7 +30,7 @@ from tokexport.engines.backends.transformers import TransformersSession
 from tokexport.engines.compare import Check, compare_choices, compare_indices, compare_tensors, load_tolerances
 from tokexport.engines.generate import IMAGE, Conversation
 from tokexport.engines.source import source_design
-from tokexport.errors import ParityError
+from tokexport.errors import BackendUnavailableError, ParityError
 from tokexport.exporter.bundle import Bundle, library_versions
 from tokexport.exporter.export import Design
 from tokexport.exporter.graph_io import GraphName, node_scope
@@ -46,10 +47,14 @@ Progress = Callable[[str], None]
 
 @dataclass(frozen=True)
 class Probe:
-    """What both sides of a rung are asked: pixels, and the token ids of each turn's prompt."""
+    """What both sides of a rung are asked: pixels, and the token ids of each turn's prompt.
+
+    ``image_token_id`` is never said: ``transformers`` would look for an image there.
+    """
 
     pixel_values: NDArray[np.float32]
     prompts: tuple[tuple[int, ...], ...]
+    image_token_id: int
 
 
 @dataclass
@@ -71,12 +76,13 @@ class Transcript:
 
 @dataclass(frozen=True)
 class Verification:
-    """The outcome of the whole ladder."""
+    """The outcome of the whole ladder; ``repro`` is the folder that a failure left, None where there is none."""
 
     checks: tuple[Check, ...]
     dtype: str
     backend: str
     seconds: float
+    repro: Path | None = None
 
     @property
     def passed(self) -> bool:
@@ -118,6 +124,9 @@ def verify(
         CheckpointError: the checkpoint that the artefact was made from is not at hand.
     """
     started = time.perf_counter()
+    if repro is not None:
+        shutil.rmtree(repro, ignore_errors=True)  # of an older failure
+    require_provable(backend, bundle.recipe.export.dtype)
     made = source_design(bundle, options.model)
     probe = make_probe(made)
     num_text = sum(before + after for before, _, after in _TURNS) + len(_TURNS) * NEW_TOKENS
@@ -128,7 +137,7 @@ def verify(
     progress("transformers, uncompressed")
     truth = TransformersSession(full, options)
     expected = record(truth, probe)
-    ladder.checks.append(_whole_model_check(truth, probe, expected, made.recipe.export.dtype))
+    ladder.add([_whole_model_check(truth, probe, expected, made.recipe.export.dtype)], expected, expected)
     del truth
     progress("our modules, uncompressed")
     ladder.climb("transformers vs reference", TorchSession(full, options), expected)
@@ -143,10 +152,28 @@ def verify(
     graph_checks = [*_index_checks(step, bundle, made), *ladder.vision_checks(step, taps, options.threads)]
     expected = ladder.climb(step, load_backend("ort-portable").open(bundle, options), expected, graph_checks)
     engine = load_backend(backend)
-    if engine.runs_graphs and backend != "ort-portable":
+    if backend != "ort-portable":
         progress(backend)
         ladder.climb(f"ort-portable vs {backend}", engine.open(bundle, options), expected)
-    return Verification(tuple(ladder.checks), made.recipe.export.dtype, backend, time.perf_counter() - started)
+    seconds = time.perf_counter() - started
+    return Verification(tuple(ladder.checks), made.recipe.export.dtype, backend, seconds, ladder.written)
+
+
+def require_provable(backend: str, dtype: str) -> None:
+    """Check that the ladder can be climbed to an engine.
+
+    Raises:
+        BackendUnavailableError: it or the portable rung below it is missing, does not run ``dtype``, or runs no
+            graphs, so that nothing of an artefact would be proved.
+    """
+    engine = load_backend(backend)
+    if not engine.runs_graphs:
+        raise BackendUnavailableError(
+            f"backend {backend!r} runs the checkpoint, not the graphs, so it proves nothing about them; choose "
+            "another, e.g. ort"
+        )
+    for rung in (load_backend("ort-portable"), engine):
+        rung.require(dtype)
 
 
 def make_probe(made: Design) -> Probe:
@@ -166,7 +193,7 @@ def make_probe(made: Design) -> Probe:
     prompts = tuple(
         (*text(before), *([IMAGE] if has_image else []), *text(after)) for before, has_image, after in _TURNS
     )
-    return Probe(pixel_values, prompts)
+    return Probe(pixel_values, prompts, reserved)
 
 
 def record(session: Session, probe: Probe, answers: Sequence[Sequence[int]] | None = None) -> Transcript:
@@ -181,7 +208,7 @@ def record(session: Session, probe: Probe, answers: Sequence[Sequence[int]] | No
         logits = [conversation.feed(prompt, images, all_logits=True)]
         answer: list[int] = []
         for step in range(NEW_TOKENS):
-            answer.append(int(logits[-1][-1].argmax()) if answers is None else answers[turn][step])
+            answer.append(_chosen(logits[-1][-1], probe) if answers is None else answers[turn][step])
             logits.append(conversation.feed(answer[-1:]))
         transcript.logits.append(np.concatenate(logits))
         transcript.answers.append(answer)
@@ -190,11 +217,18 @@ def record(session: Session, probe: Probe, answers: Sequence[Sequence[int]] | No
     return transcript
 
 
+def _chosen(logits_W: NDArray[np.float32], probe: Probe) -> int:
+    allowed_W = logits_W.copy()
+    allowed_W[probe.image_token_id] = -np.inf
+    return int(allowed_W.argmax())
+
+
 class _Ladder:
     """Collects checks, and keeps what the first failed rung computed."""
 
     def __init__(self, probe: Probe, dtype: str, bundle: Bundle, repro: Path | None) -> None:
         self.checks: list[Check] = []
+        self.written: Path | None = None
         self._probe, self._bundle, self._repro = probe, bundle, repro
         self._tolerances = load_tolerances(dtype)
 
@@ -242,11 +276,17 @@ class _Ladder:
                     graph=_DECODER,
                 )
             )
+        self.add(checks, expected, found)
+        return found
+
+    def add(self, checks: Sequence[Check], expected: Transcript, found: Transcript) -> None:
+        """Take the checks of a rung; the first rung that fails leaves what it computed."""
         is_first = all(check.passed for check in self.checks) and not all(check.passed for check in checks)
         if self._repro is not None and is_first:
-            _write_repro(self._repro, self._bundle, self._probe, expected, found, checks)
+            with contextlib.suppress(OSError):  # the verdict counts, also where nothing can be written
+                _write_repro(self._repro, self._bundle, self._probe, expected, found, checks)
+                self.written = self._repro
         self.checks += checks
-        return found
 
     def vision_checks(self, step: str, expected: dict[str, NDArray[np.float32]], threads: int | None) -> list[Check]:
         """Compare the tower layer by layer, to tell where features part."""
@@ -353,13 +393,13 @@ def _save_arrays(path: Path, arrays: Mapping[str, NDArray[np.generic]]) -> None:
     np.savez_compressed(path, allow_pickle=False, **arrays)  # pyright: ignore[reportArgumentType]
 
 
-def failure_text(verification: Verification, repro: Path | None) -> str:
+def failure_text(verification: Verification) -> str:
     """Say in one line where the ladder broke."""
     first = verification.first_failure
     assert first is not None
     place = first.graph + (f", layer {first.layer}" if first.layer is not None else "")
     how = first.note or f"off by {first.max_abs_diff:.3g}, tolerance {first.tolerance:.3g}"
-    kept = f"; inputs and both outputs are in {repro}" if repro is not None and repro.is_dir() else ""
+    kept = f"; inputs and both outputs are in {verification.repro}" if verification.repro is not None else ""
     return f"parity failed at {first.step}, {place}: {first.name} {how}{kept}"
 
 

@@ -1,5 +1,6 @@
 """Between people and tensors: chat templates, tokens, pixels."""
 
+import json
 import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -40,12 +41,12 @@ class PromptProcessor:
         self._tokenizer = self._processor.tokenizer
         self._image_token: str = self._processor.image_token
         self._image_token_id: int = self._tokenizer.convert_tokens_to_ids(self._image_token)
+        self._stop_ids = _stop_ids(directory, self._tokenizer.eos_token_id)
 
     @property
     def stop_ids(self) -> tuple[int, ...]:
         """Tokens that end an answer."""
-        eos = self._tokenizer.eos_token_id
-        return () if eos is None else (eos,)
+        return self._stop_ids
 
     def pixels(self, images: Sequence[Image.Image]) -> NDArray[np.float32]:
         """Return RGB images as pixel values (N, 3, height, width)."""
@@ -55,7 +56,9 @@ class PromptProcessor:
 
     def encode(self, text: str, *, is_start: bool) -> list[int]:
         """Return token ids, ``IMAGE`` for every image token; a start gets the tokenizer's first token."""
-        ids = self._tokenizer(text, add_special_tokens=is_start)["input_ids"]
+        # Some templates write the first token themselves.
+        is_bare = is_start and not text.startswith(self._tokenizer.bos_token or "\0")
+        ids = self._tokenizer(text, add_special_tokens=is_bare)["input_ids"]
         return [IMAGE if token == self._image_token_id else token for token in ids]
 
     def render(self, messages: Sequence[Message], *, is_answer_next: bool) -> str:
@@ -103,6 +106,17 @@ class PromptProcessor:
         return {"role": "user", "content": [{"type": "image"}] * num_images + [{"type": "text", "text": text}]}
 
 
+def _stop_ids(directory: Path, eos: int | None) -> tuple[int, ...]:
+    """Return the tokenizer's last token, and those at which the checkpoint says generation stops."""
+    path = directory / "generation_config.json"
+    try:
+        found = json.loads(path.read_text()).get("eos_token_id") if path.is_file() else None
+    except (OSError, ValueError, AttributeError) as error:
+        raise BundleError(f"{path} cannot be read ({error}); build the artefact again") from error
+    listed = found if isinstance(found, list) else [found]
+    return tuple({token: None for token in (eos, *listed) if isinstance(token, int)})
+
+
 @dataclass
 class Dialogue:
     """The messages of a conversation and how far the model has read them."""
@@ -128,8 +142,10 @@ class Dialogue:
         answer = answer.strip()
         self.messages.append({"role": "assistant", "content": [{"type": "text", "text": answer}]})
         rendered = self.processor.render(self.messages, is_answer_next=False)
-        rest = _behind(rendered, self.read_text)
-        self.read_text = rendered[: len(rendered) - len(rest.lstrip().removeprefix(answer))]
+        # A template that rewrites earlier turns is found out by the next question, if there is one.
+        if rendered.startswith(self.read_text):
+            rest = rendered[len(self.read_text) :].lstrip().removeprefix(answer)
+            self.read_text = rendered[: len(rendered) - len(rest)]
 
 
 def _behind(rendered: str, read: str) -> str:

@@ -9,6 +9,7 @@ import onnx_ir as ir
 from rich import box
 from rich.console import RenderableType
 from rich.table import Column, Table
+from rich.text import Text
 
 from tokexport.exporter.bundle import Bundle
 from tokexport.exporter.graph_io import GRAPHS, GraphName, TensorIO
@@ -52,7 +53,7 @@ def plan_tables(report: Mapping[str, Any], plan: TokenPlan) -> list[Table]:
             name,
             f"{entry['full'] / scale:,.1f} {unit}",
             f"{entry['compressed'] / scale:,.1f} {unit}",
-            f"{-100 * entry['reduction']:+.1f} %",
+            f"{-100 * entry['reduction']:+.1f} %" if entry["reduction"] else "none",
         )
     costs.add_row("predicted prefill speed-up", "", "", f"{report['predicted_prefill_speedup']:.2f} x")
     return [tokens, costs]
@@ -72,11 +73,11 @@ def verify_table(report: Mapping[str, Any]) -> Table:
     last_step = ""
     for check in _gathered(report["checks"]):
         found = "-" if check["max_abs_diff"] is None else f"{check['max_abs_diff']:.2g}"
-        verdict = "[green]ok[/]" if check["passed"] else "[red]failed[/]"
+        verdict = Text("ok", "green") if check["passed"] else Text("failed", "red")
         note = f" ({check['note']})" if check["note"] else ""
         step = "" if check["step"] == last_step else check["step"]
         last_step = check["step"]
-        table.add_row(step, check["name"], found, f"{check['tolerance']:.2g}", verdict + note)
+        table.add_row(step, check["name"], found, f"{check['tolerance']:.2g}", verdict.append(note))
     return table
 
 
@@ -106,7 +107,7 @@ def bench_tables(report: Mapping[str, Any]) -> list[RenderableType]:
     figures = new_table("figure", "measured", "bar", "", title=heading)
     for gate in report["gates"]:
         sign = "at most" if gate["is_upper"] else "at least"
-        verdict = "[green]reached[/]" if gate["passed"] else "[yellow]missed[/]"
+        verdict = Text("reached", "green") if gate["passed"] else Text("missed", "yellow")
         figures.add_row(gate["meaning"], f"{gate['value']:.3g}", f"{sign} {gate['bar']:g}", verdict)
     return [rows, figures]
 

@@ -18,7 +18,7 @@ class Terminal:
     """
 
     def __init__(self, *, quiet: bool) -> None:
-        self._console = Console(stderr=True, quiet=quiet)
+        self._console = Console(stderr=True, quiet=quiet, markup=False)
         if not self._console.is_terminal:
             self._console.width = _WIDTH_OF_FILES
         columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(bar_width=24), TimeElapsedColumn())

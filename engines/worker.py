@@ -12,7 +12,7 @@ import sys
 import threading
 import time
 from collections.abc import Generator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from multiprocessing.connection import Connection
 from pathlib import Path
 from types import TracebackType
@@ -69,49 +69,70 @@ class EngineProcess:
 
     def __init__(self, path: Path, backend: str, options: SessionOptions, workload: Workload) -> None:
         context = multiprocessing.get_context("spawn")
-        self._connection, theirs = context.Pipe()
-        self._process = context.Process(target=_serve, args=(theirs, path, backend, options, workload), daemon=True)
-        with _interrupts_ignored():
-            self._process.start()
-        theirs.close()
+        self._backend = backend
+        self._connection, self._theirs = context.Pipe()
+        arguments = (self._theirs, path, backend, options, workload)
+        self._process = context.Process(target=_serve, args=arguments, daemon=True)
 
     def __enter__(self) -> Self:
-        self._receive()
+        try:
+            with _interrupts_ignored():
+                self._process.start()
+            self._theirs.close()
+            self._receive()
+        except BaseException:
+            self._end()
+            raise
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._connection.close()
-        self._process.join(timeout=2)
-        if self._process.is_alive():
-            self._process.kill()
+        self._end()
 
     def measure(self) -> Timing:
         """Run the workload once."""
-        self._connection.send("measure")
-        timing = self._receive()
+        timing = self._request("measure")
         assert isinstance(timing, Timing)
         return timing
 
     def footprint(self) -> Footprint:
         """Return memory figures after the runs so far."""
-        self._connection.send("footprint")
-        footprint = self._receive()
+        footprint = self._request("footprint")
         assert isinstance(footprint, Footprint)
         return footprint
+
+    def _request(self, what: str) -> object:
+        try:
+            self._connection.send(what)
+        except OSError:
+            raise self._death() from None
+        return self._receive()
 
     def _receive(self) -> object:
         try:
             answer = self._connection.recv()
-        except EOFError:
-            self._process.join(timeout=10)
-            raise TokexportError(
-                f"an engine's process ended with exit code {self._process.exitcode}, perhaps for lack of memory"
-            ) from None
+        except (EOFError, OSError):
+            raise self._death() from None
         if isinstance(answer, TokexportError):
             raise answer
         return answer
+
+    def _death(self) -> TokexportError:
+        self._process.join(timeout=2)
+        return TokexportError(
+            f"the process of engine {self._backend!r} ended with exit code {self._process.exitcode}, perhaps for lack "
+            "of memory; free some, or measure a smaller model"
+        )
+
+    def _end(self) -> None:
+        self._connection.close()
+        if self._process.pid is None:
+            return
+        self._process.join(timeout=2)
+        if self._process.is_alive():
+            self._process.kill()
+            self._process.join()
 
 
 def run_workload(session: Session, workload: Workload) -> Timing:
@@ -146,6 +167,8 @@ def _serve(connection: Connection, path: Path, backend: str, options: SessionOpt
         while True:
             request = connection.recv()
             if request == "measure":
+                # While others had their turn, caches and pages of this one went cold; that is no engine's fault.
+                run_workload(session, replace(workload, new_tokens=1))
                 connection.send(run_workload(session, workload))
             else:
                 connection.send(Footprint(kv_bytes=session.kv_bytes, peak_rss_bytes=_peak_rss_bytes()))
@@ -153,6 +176,10 @@ def _serve(connection: Connection, path: Path, backend: str, options: SessionOpt
         return
     except TokexportError as error:
         connection.send(error)
+    except Exception as error:  # noqa: BLE001 - whatever it is, the other side has to hear of it
+        connection.send(
+            TokexportError(f"engine {backend!r} failed: {' '.join(str(error).split()) or type(error).__name__}")
+        )
 
 
 def _peak_rss_bytes() -> int:

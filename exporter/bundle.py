@@ -5,13 +5,13 @@ OUT/
   tokexport.json    the manifest: versions, model, recipe, plan, graph inputs and outputs, SHA-256 of every file
   recipe.toml       the recipe with every default filled in
   onnx/             the graphs and their weights
-  engines/          what compilers made of them, one folder per engine
   config.json, tokenizer and processor files
   reports/          plan, verify, bench; may be made again, so not part of the checksums
 ```
 """
 
 import contextlib
+import errno
 import hashlib
 import json
 import os
@@ -34,11 +34,12 @@ from tokexport.recipes.tables import parse_table, table_of
 SCHEMA_VERSION = 1
 MANIFEST = "tokexport.json"
 REPORTS = "reports"
-ENGINES = "engines"
 _LIBRARIES = ("tokexport", "torch", "transformers", "onnx", "onnx-ir", "onnxscript", "onnxruntime", "safetensors")
 # A file larger than this is compared by size when an artefact is opened, by checksum when it is verified.
 _QUICK_CHECK_BYTES = 256 << 20
 _REPLACED = ".replaced"
+# numpy raises without a number when a write is cut short.
+_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, None)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -144,10 +145,10 @@ class BundleWriter:
         self.staging = Path()
 
     def __enter__(self) -> Self:
-        _check_place(self.out, overwrite=self._overwrite)
         try:
             self.out.parent.mkdir(parents=True, exist_ok=True)
             _remove_abandoned(self.out)
+            _check_place(self.out, overwrite=self._overwrite)
             self.staging = Path(tempfile.mkdtemp(prefix=f".{self.out.name}.{os.getpid()}.", dir=self.out.parent))
             self.staging.chmod(0o755)
         except OSError as error:
@@ -159,10 +160,14 @@ class BundleWriter:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         shutil.rmtree(self.staging, ignore_errors=True)
-        if isinstance(error, OSError) and not isinstance(error, FileNotFoundError):
+        if isinstance(error, OSError) and self._is_ours(error):
             # numpy says how many bytes it could not write, but not why.
             reason = error.strerror or f"the disk is full or a limit is reached: {error}"
             raise BundleError(f"{self.out} could not be written ({reason}); nothing was left behind") from error
+
+    def _is_ours(self, error: OSError) -> bool:
+        """Whether an error is about writing here, and not about reading elsewhere."""
+        return error.errno in _NO_ROOM or str(error.filename or "").startswith(str(self.staging))
 
     def require_room(self, num_bytes: int) -> None:
         """Raise ``BundleError`` if the disk has less room than ``num_bytes``."""
@@ -188,7 +193,7 @@ class BundleWriter:
             self.out.rename(replaced)
         try:
             self.staging.rename(self.out)
-        except OSError:
+        except BaseException:
             if replaced.exists():
                 replaced.rename(self.out)
             raise

@@ -2,14 +2,15 @@
 
 import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import resources
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import PreTrainedConfig
 
-from tokexport.errors import CheckpointError
+from tokexport.errors import CheckpointError, RecipeError
 from tokexport.exporter.family import Family, load_family
 from tokexport.exporter.plan import VlmSpec
 from tokexport.exporter.weights import (
@@ -20,6 +21,7 @@ from tokexport.exporter.weights import (
     check_shapes,
     merge_adapter,
 )
+from tokexport.recipes.load import merged
 from tokexport.recipes.schema import ModelTable
 
 BUNDLED_MODEL = "mini"
@@ -47,26 +49,38 @@ class Model:
 def describe_model(table: ModelTable) -> Model:
     """Read everything about a model but its weights.
 
+    The ``table`` of the result is resolved: paths are absolute, and a cut is part of the
+    architecture, so that describing it again gives the same model.
+
     Raises:
         CheckpointError: the checkpoint is missing, damaged or of another architecture.
-        RecipeError: unknown family or configuration key.
+        RecipeError: unknown family or configuration key, or an architecture that the checkpoint contradicts.
     """
     family = load_family(table.family)
-    if table.weights == "random":
-        directory = _local_directory(table.checkpoint) or _bundled(BUNDLED_MODEL)
-        is_own = _local_directory(table.checkpoint) is not None
-        config = family.make_config(family.read_config(directory) if is_own else None, table.architecture)
+    local = local_directory(table.checkpoint)
+    if table.weights == "random" and local is None and table.architecture:
+        directory, config = _bundled(BUNDLED_MODEL), family.make_config(None, table.architecture)
     else:
-        directory = checkpoint_directory(table.checkpoint)
+        directory = local or _from_hub(table.checkpoint)
         config = family.read_config(directory)
+        described = family.make_config(config, table.architecture)
+        if table.weights == "checkpoint" and described.to_dict() != config.to_dict():
+            raise RecipeError(
+                f"[model.architecture] says something else than the config.json of {table.checkpoint}; remove it, or "
+                "use random weights"
+            )
+        config = described
     before = family.spec(config).num_layers
+    table = replace(table, checkpoint=_settled(table.checkpoint), adapter=table.adapter and _settled(table.adapter))
     if table.num_layers is not None:
         if table.num_layers > before:
             raise CheckpointError(
                 f"num_layers = {table.num_layers} is more than the {before} decoder layers of "
                 f"{table.checkpoint}; choose a smaller number"
             )
-        config = family.make_config(config, family.layer_change(table.num_layers))
+        change = family.layer_change(table.num_layers)
+        config = family.make_config(config, change)
+        table = replace(table, num_layers=None, architecture=merged(table.architecture, change))
     return Model(
         table=table,
         family=family,
@@ -79,10 +93,8 @@ def describe_model(table: ModelTable) -> Model:
 
 def describe_for_plan(table: ModelTable) -> Model:
     """Like ``describe_model``, but a checkpoint that is not on this machine is described by the recipe alone."""
-    if table.weights == "checkpoint" and _local_directory(table.checkpoint) is None and table.architecture:
-        table = ModelTable(
-            family=table.family, checkpoint=table.checkpoint, weights="random", architecture=table.architecture
-        )
+    if table.weights == "checkpoint" and local_directory(table.checkpoint) is None and table.architecture:
+        table = replace(table, weights="random")
     return describe_model(table)
 
 
@@ -117,39 +129,34 @@ def expected_shapes(model: Model) -> dict[str, tuple[int, ...]]:
 def fingerprint(model: Model) -> str:
     """Return a SHA-256 that tells checkpoints apart without reading gigabytes.
 
-    It covers the configuration and, of every weight file, name, size, first and last mebibyte; for
-    random weights the seed.
+    It covers the shape of every tensor, the seed of random weights or the configuration and weight
+    files of a checkpoint, and an adapter's; of a weight file name, size, first and last mebibyte.
+
+    Raises:
+        CheckpointError: the adapter is gone.
     """
-    digest = hashlib.sha256(model.config.to_json_string(use_diff=False).encode())
+    digest = hashlib.sha256(repr(sorted(expected_shapes(model).items())).encode())
     if model.table.weights == "random":
         digest.update(f"random {model.table.seed}".encode())
-        return digest.hexdigest()
-    adapter = [Path(model.table.adapter)] if model.table.adapter else []
-    for directory in [model.directory, *adapter]:
-        for path in sorted(directory.glob("*.safetensors")):
-            digest.update(f"{path.name} {path.stat().st_size}".encode())
-            with path.open("rb") as file:
-                digest.update(file.read(_FINGERPRINT_BYTES))
-                file.seek(max(0, path.stat().st_size - _FINGERPRINT_BYTES))
-                digest.update(file.read())
+    else:
+        _add_files(digest, model.directory, "config.json")
+    if model.table.adapter is not None:
+        adapter = Path(model.table.adapter)
+        if not adapter.is_dir():
+            raise CheckpointError(f"the adapter {adapter} is gone; put it back, or build again from what there is")
+        _add_files(digest, adapter, "adapter_config.json")
     return digest.hexdigest()
 
 
-def checkpoint_directory(name: str) -> Path:
-    """Return the directory of a bundled model, a path, or a hub id (fetched if need be).
-
-    Raises:
-        CheckpointError: there is no such thing.
-    """
-    local = _local_directory(name)
-    if local is not None:
-        return local
-    if name.count("/") != 1 or name.startswith((".", "/", "~")):
-        raise CheckpointError(
-            f"there is no model directory {name}; give a directory, a hub id like "
-            f"llava-hf/llava-1.5-7b-hf, or {BUNDLED_MODEL}"
-        )
-    return _from_hub(name)
+def _add_files(digest: Any, directory: Path, config: str) -> None:
+    path = directory / config
+    digest.update(path.read_bytes() if path.is_file() else b"")
+    for path in sorted(directory.glob("*.safetensors")):
+        digest.update(f"{path.name} {path.stat().st_size}".encode())
+        with path.open("rb") as file:
+            digest.update(file.read(_FINGERPRINT_BYTES))
+            file.seek(max(0, path.stat().st_size - _FINGERPRINT_BYTES))
+            digest.update(file.read())
 
 
 def processor_files(directory: Path) -> Sequence[Path]:
@@ -166,6 +173,16 @@ def processor_files(directory: Path) -> Sequence[Path]:
 
 
 def _from_hub(name: str) -> Path:
+    """Fetch a checkpoint by its hub id.
+
+    Raises:
+        CheckpointError: it is none, or cannot be fetched.
+    """
+    if name.count("/") != 1 or name.startswith((".", "/", "~")):
+        raise CheckpointError(
+            f"there is no model directory {name}; give a directory, a hub id like "
+            f"llava-hf/llava-1.5-7b-hf, or {BUNDLED_MODEL}"
+        )
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
@@ -179,11 +196,18 @@ def _from_hub(name: str) -> Path:
         ) from error
 
 
-def _local_directory(name: str) -> Path | None:
+def local_directory(name: str) -> Path | None:
+    """Return the directory of a bundled model or of a path, None where there is none."""
     if name == BUNDLED_MODEL:
         return _bundled(name)
     path = Path(name).expanduser()
     return path if path.is_dir() else None
+
+
+def _settled(name: str) -> str:
+    """Return a path that means the same from every directory; names and hub ids stay as they are."""
+    path = Path(name).expanduser()
+    return str(path.resolve()) if name != BUNDLED_MODEL and path.is_dir() else name
 
 
 def _bundled(name: str) -> Path:

@@ -40,8 +40,8 @@ from tokexport.exporter.modules.bottleneck import Bottleneck
 from tokexport.exporter.plan import DTYPE_BYTES, TokenPlan, plan_report
 from tokexport.exporter.trace import bind_weights, trace
 from tokexport.exporter.weights import Weights
-from tokexport.recipes.load import merged, recipe_table, recipe_toml
-from tokexport.recipes.schema import ModelTable, Recipe
+from tokexport.recipes.load import recipe_table, recipe_toml
+from tokexport.recipes.schema import Recipe
 
 Progress = Callable[[str], None]
 
@@ -104,7 +104,7 @@ def design(recipe: Recipe, *, describe: Callable[..., Model] = describe_model) -
     methods = load_methods(recipe.compress)
     if recipe.model.num_layers is not None:
         methods = tuple(method.for_num_layers(model.num_layers_before_cut, model.spec.num_layers) for method in methods)
-    recipe = replace(recipe, model=_resolved(recipe.model, model), compress=tables_of(methods))
+    recipe = replace(recipe, model=model.table, compress=tables_of(methods))
     return Design(recipe, model, methods, arriving_plans(methods, model.spec))
 
 
@@ -192,14 +192,6 @@ def weight_names(graph: GraphName, module: nn.Module, family: Family) -> dict[st
             if name.startswith(prefix):
                 names[name] = canonical + name.removeprefix(prefix)
     return names
-
-
-def _resolved(table: ModelTable, model: Model) -> ModelTable:
-    """Return the table with the cut made part of the architecture, so that it is not made twice."""
-    if table.num_layers is None:
-        return table
-    change = model.family.layer_change(table.num_layers)
-    return replace(table, num_layers=None, architecture=merged(table.architecture, change))
 
 
 def _traced(

@@ -4,8 +4,6 @@ A family is one file in ``exporter/families/``; its file name is its name in a r
 configuration, the names of the weights and the modules; it knows no method and no engine.
 """
 
-import importlib
-import pkgutil
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
@@ -15,11 +13,13 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from tokexport.errors import RecipeError, nearest
+from tokexport.errors import RecipeError
+from tokexport.exporter import families
 from tokexport.exporter.graph_io import GraphName
 from tokexport.exporter.modules.bottleneck import Bottleneck
 from tokexport.exporter.modules.decoder import Decoder
 from tokexport.exporter.plan import VlmSpec
+from tokexport.exporter.registry import list_plugins, load_plugin
 
 
 class Family(ABC):
@@ -94,9 +94,7 @@ class Family(ABC):
 
 def list_families() -> list[str]:
     """Return the names of all families."""
-    import tokexport.exporter.families as package
-
-    return sorted(module.name for module in pkgutil.iter_modules(package.__path__))
+    return list_plugins(families)
 
 
 def load_family(name: str) -> Family:
@@ -105,13 +103,5 @@ def load_family(name: str) -> Family:
     Raises:
         RecipeError: there is none.
     """
-    if name not in list_families():
-        raise RecipeError(f"[model] there is no family {name!r}{nearest(name, list_families())}")
-    module = importlib.import_module(f"tokexport.exporter.families.{name}")
-    found = [
-        item
-        for item in vars(module).values()
-        if isinstance(item, type) and issubclass(item, Family) and item.__module__ == module.__name__
-    ]
-    assert len(found) == 1, f"{module.__name__} must define one Family, not {found}"
-    return found[0]()
+    found = load_plugin(families, Family, name, "family", RecipeError)
+    return found()  # pyright: ignore[reportAbstractUsage] - what a file defines is whole

@@ -4,15 +4,16 @@ A method is one file in ``exporter/methods/``; its file name is its name in a re
 defines one frozen dataclass, a subclass of ``Method``, whose fields are the recipe's options.
 """
 
-import importlib
-import pkgutil
+import sys
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Self
 
-from tokexport.errors import RecipeError, nearest
+from tokexport.errors import RecipeError
+from tokexport.exporter import methods
 from tokexport.exporter.plan import TokenPlan, VlmSpec
+from tokexport.exporter.registry import list_plugins, load_plugin
 from tokexport.recipes.schema import CompressTable
 from tokexport.recipes.tables import parse_table, table_of
 
@@ -49,14 +50,21 @@ class Method(ABC):
 
 def list_methods() -> list[str]:
     """Return the names of all methods."""
-    import tokexport.exporter.methods as package
+    return list_plugins(methods)
 
-    return sorted(module.name for module in pkgutil.iter_modules(package.__path__))
+
+def load_method(name: str) -> type[Method]:
+    """Return the method called ``name``.
+
+    Raises:
+        RecipeError: there is none.
+    """
+    return load_plugin(methods, Method, name, "method", RecipeError)
 
 
 def method_summary(name: str) -> str:
     """Return the first line of what a method's file says about it."""
-    return (importlib.import_module(_method_class(name).__module__).__doc__ or "").partition("\n")[0].rstrip(".")
+    return (sys.modules[load_method(name).__module__].__doc__ or "").partition("\n")[0].rstrip(".")
 
 
 def load_methods(steps: Sequence[CompressTable]) -> tuple[Method, ...]:
@@ -69,37 +77,24 @@ def load_methods(steps: Sequence[CompressTable]) -> tuple[Method, ...]:
     for name in names:
         if names.count(name) > 1:
             raise RecipeError(f'[[compress]] method = "{name}" stands there twice; give one table with all its options')
-    return tuple(parse_table(_method_class(step.method), step.options, f"[[compress]] {step.method}") for step in steps)
+    return tuple(parse_table(load_method(step.method), step.options, f"[[compress]] {step.method}") for step in steps)
 
 
-def tables_of(methods: Sequence[Method]) -> tuple[CompressTable, ...]:
+def tables_of(chain: Sequence[Method]) -> tuple[CompressTable, ...]:
     """Return methods as recipe tables, every default filled in."""
     return tuple(
-        CompressTable(method=type(method).__module__.rpartition(".")[2], options=table_of(method)) for method in methods
+        CompressTable(method=type(method).__module__.rpartition(".")[2], options=table_of(method)) for method in chain
     )
 
 
-def plan_tokens(methods: Sequence[Method], spec: VlmSpec) -> TokenPlan:
-    """Return the plan of a model compressed by ``methods``, one after the other."""
-    return arriving_plans(methods, spec)[-1]
+def plan_tokens(chain: Sequence[Method], spec: VlmSpec) -> TokenPlan:
+    """Return the plan of a model compressed by ``chain``, one after the other."""
+    return arriving_plans(chain, spec)[-1]
 
 
-def arriving_plans(methods: Sequence[Method], spec: VlmSpec) -> tuple[TokenPlan, ...]:
+def arriving_plans(chain: Sequence[Method], spec: VlmSpec) -> tuple[TokenPlan, ...]:
     """Return the plan before each method, and behind the last."""
     plans = [TokenPlan.uncompressed(spec)]
-    for method in methods:
+    for method in chain:
         plans.append(method.plan(spec, plans[-1]))
     return tuple(plans)
-
-
-def _method_class(name: str) -> type[Method]:
-    if name not in list_methods():
-        raise RecipeError(f"[[compress]] there is no method {name!r}{nearest(name, list_methods())}")
-    module = importlib.import_module(f"tokexport.exporter.methods.{name}")
-    found = [
-        item
-        for item in vars(module).values()
-        if isinstance(item, type) and issubclass(item, Method) and item.__module__ == module.__name__
-    ]
-    assert len(found) == 1, f"{module.__name__} must define one Method, not {found}"
-    return found[0]

@@ -14,6 +14,9 @@ from tokexport.errors import RecipeError
 PositionPolicy = Literal["keep", "renumber"]
 """Rotary positions of the tokens behind a bottleneck: those they came with, or 0, 1, 2, ..."""
 
+# torch.export takes a dimension of 0 or 1 for fixed, and the graph could not be run without an image.
+_LEAST_KEEP = 2
+
 DTYPE_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
 
 
@@ -160,8 +163,11 @@ def resolve_keep(keep: int | float, arriving: int, where: str) -> int:
             f"{where} keep = {keep} must lie between 0 and 1 as a fraction; a token count is written as a whole number"
         )
     count = round(keep * arriving) if isinstance(keep, float) else keep
-    if count < 1:
-        raise RecipeError(f"{where} keep = {keep} leaves no vision token of {arriving}; keep at least 1")
+    if count < _LEAST_KEEP:
+        raise RecipeError(
+            f"{where} keep = {keep} leaves {count} of {arriving} vision tokens; keep at least {_LEAST_KEEP}, as a "
+            "graph takes a single token for a constant"
+        )
     if count > arriving:
         raise RecipeError(
             f"{where} keep = {keep} is more than the {arriving} vision tokens that arrive; choose a smaller number"

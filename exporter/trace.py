@@ -32,7 +32,7 @@ from tokexport.exporter.passes.fold_weight_transposes import FoldWeightTranspose
 from tokexport.exporter.weights import Weights
 
 OPSET = 24
-# Sizes to trace with: all different and none 0 or 1, which torch.export would take for constants.
+# Sizes to trace with: none is 0 or 1, which torch.export would take for constants.
 _EXAMPLE_SIZES = {"batch": 2, "num_images": 2, "prefix": 5, "suffix": 7, "length": 6, "num_logits": 3}
 _EXAMPLE_CAPACITY = 1024
 
@@ -49,7 +49,11 @@ def trace(module: nn.Module, io: GraphIO, *, dtype: str, vision: int = 0) -> ir.
     Returns:
         The model; initializers that stand for weights have no value yet.
     """
-    sizes = {**_EXAMPLE_SIZES, "vision": vision, "prefix + vision + suffix": 12 + vision}
+    sizes = {
+        **_EXAMPLE_SIZES,
+        "vision": vision,
+        "prefix + vision + suffix": _EXAMPLE_SIZES["prefix"] + vision + _EXAMPLE_SIZES["suffix"],
+    }
     module = module.to(getattr(torch, dtype)).eval().requires_grad_(False)
     with FakeTensorMode(allow_non_fake_inputs=True), _quiet():
         _make_fake(module)

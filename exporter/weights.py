@@ -247,7 +247,7 @@ def _scaling(config: Mapping[str, Any], module: str, pair: Mapping[str, Tensor])
     # PEFT's own rule: a key is a regular expression for the end of a module's name, from a dot on.
     patterns = config.get("alpha_pattern") or {}
     matching = (value for key, value in patterns.items() if re.match(rf"(.*\.)?({key})$", module))
-    alpha = next(matching, config["lora_alpha"])
+    alpha = next(matching, config.get("lora_alpha", 8))  # PEFT's default
     rank = pair["A"].shape[0]
     return alpha / math.sqrt(rank) if config.get("use_rslora") else alpha / rank
 

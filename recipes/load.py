@@ -75,6 +75,8 @@ def override(
     if model is not None and weights is None:
         weights = "checkpoint"  # who names a checkpoint wants its weights, also where the recipe's are random
     table = table_of(recipe)
+    if model is not None:
+        table["model"]["architecture"] = {}  # it describes the recipe's checkpoint, not this one
     changes = {"checkpoint": model, "weights": weights, "num_layers": num_layers, "adapter": adapter}
     table["model"] |= {key: value for key, value in changes.items() if value is not None}
     if dtype is not None:

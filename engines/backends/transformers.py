@@ -10,7 +10,7 @@ from transformers import DynamicCache, PreTrainedModel
 from tokexport.engines.backend import Array, Backend, DecoderStep, Session, SessionOptions
 from tokexport.engines.environment import available_cores
 from tokexport.engines.source import source_design
-from tokexport.errors import ParityError
+from tokexport.errors import BackendUnavailableError
 from tokexport.exporter.bundle import Bundle
 from tokexport.exporter.checkpoint import open_weights
 from tokexport.exporter.export import Design
@@ -84,7 +84,7 @@ def load_reference(made: Design) -> PreTrainedModel:
     """Return the ``transformers`` model of a design, every weight loaded.
 
     Raises:
-        ParityError: it would not run with fused attention, so it would be no fair baseline.
+        BackendUnavailableError: it would not run with fused attention, so it would be no fair baseline.
     """
     weights = open_weights(made.model)
     with torch.device("meta"):
@@ -95,7 +95,7 @@ def load_reference(made: Design) -> PreTrainedModel:
     parts = (model.config.get_text_config(), model.config.vision_config)
     used = {str(getattr(part, "_attn_implementation", None)) for part in parts}
     if used != {"sdpa"}:
-        raise ParityError(f"transformers would run with the attention {sorted(used)}, expected sdpa")
+        raise BackendUnavailableError(f"transformers would run with the attention {sorted(used)}, expected sdpa")
     return model.eval().requires_grad_(False)
 
 

@@ -133,7 +133,11 @@ def test_an_uncompressed_artefact_is_measured_against_transformers_alone(tiny_fu
     [
         ({"repeats": 0}, "repeats 0 must be at least 1"),
         ({"new_tokens": 0}, "new-tokens 0 must be at least 1"),
-        ({"text_tokens": 0}, "text-tokens 0 must be at least 1"),
+        ({"text_tokens": -1}, "text-tokens -1 must be at least 0"),
+        (
+            {"text_tokens": 500},
+            "532 tokens are more than the 512 positions of the model; ask for fewer text or new tokens",
+        ),
     ],
     ids=str,
 )

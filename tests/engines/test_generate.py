@@ -192,7 +192,7 @@ def test_a_refused_turn_leaves_the_conversation_as_it_was(thin: Session, too_muc
 
 
 def test_a_conversation_beyond_the_models_positions_is_refused(tiny_full: Bundle):
-    session = open_engine(tiny_full, max_text_tokens=600)
+    session = open_engine(tiny_full, max_text_tokens=512)
     conversation = Conversation(session)
     conversation.feed([IMAGE, *words(490)], features(session, 1))
     assert conversation.room == 6

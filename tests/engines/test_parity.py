@@ -18,7 +18,7 @@ from tokexport.engines.backend import SessionOptions
 from tokexport.engines.generate import IMAGE
 from tokexport.engines.parity import NEW_TOKENS, Verification, failure_text, make_probe, verify
 from tokexport.engines.source import source_design
-from tokexport.errors import CheckpointError
+from tokexport.errors import BackendUnavailableError, CheckpointError
 from tokexport.exporter.bundle import Bundle
 from tokexport.exporter.graph_io import GraphName
 from tokexport.recipes.schema import Recipe
@@ -80,10 +80,9 @@ def test_the_ladder_passes_for_a_compressed_artefact(ladder: Verification):
 
 
 @pytest.mark.parametrize("backend", ["torch-eager", "transformers"])
-def test_the_ladder_of_an_engine_without_graphs_proves_the_portable_graphs(tiny_adsc: Bundle, backend: str):
-    verification = climbed(tiny_adsc, backend)
-    assert verification.passed
-    assert verification.checks[-1].step == "reference vs ort-portable"
+def test_an_engine_that_runs_no_graphs_has_nothing_to_prove(tiny_adsc: Bundle, backend: str):
+    with pytest.raises(BackendUnavailableError, match=f"^backend '{backend}' runs the checkpoint, not the graphs"):
+        climbed(tiny_adsc, backend)
 
 
 def test_the_ladder_passes_for_an_uncompressed_artefact(tiny_full: Bundle):
@@ -177,7 +176,7 @@ def test_a_changed_weight_of_the_vision_tower_fails_and_names_its_layer(tiny_ads
         tiny_adsc, "vision_encoder", "layers.1"
     )
     verification = climbed(change_weight(copied(tiny_adsc), "vision_encoder", name))
-    assert failure_text(verification, None).startswith(
+    assert failure_text(verification).startswith(
         "parity failed at reference vs ort-portable, vision_encoder, layer 1: vision_tower.encoder.layers.1 off by "
     )
 
@@ -289,14 +288,14 @@ def test_the_outputs_left_show_the_difference_that_is_told(repro: tuple[Path, Ve
 
 
 def test_the_text_of_a_failure_names_step_graph_and_layer(repro: tuple[Path, Verification]):
-    text = failure_text(repro[1], None)
+    text = failure_text(repro[1])
     assert text.startswith("parity failed at reference vs ort-portable, decoder_model_merged, layer 1: ")
     assert "\n" not in text
 
 
 def test_the_text_of_a_failure_names_the_folder(repro: tuple[Path, Verification]):
     folder, verification = repro
-    assert failure_text(verification, folder).endswith(f"; inputs and both outputs are in {folder}")
+    assert failure_text(verification).endswith(f"; inputs and both outputs are in {folder}")
 
 
 def test_the_checks_left_say_which_failed(repro: tuple[Path, Verification]):

@@ -84,8 +84,9 @@ def test_a_template_that_rewrites_earlier_turns_is_refused(processor_files: Path
     (processor_files / "chat_template.jinja").write_text(REWRITING)
     dialogue = Dialogue.start(PromptProcessor(processor_files))
     dialogue.ask("What?", 0)
+    dialogue.hear("A house.")
     with pytest.raises(InputError) as caught:
-        dialogue.hear("A house.")
+        dialogue.ask("And?", 0)
     assert str(caught.value) == (
         "the chat template rewrites earlier turns, so they cannot be kept in the cache; "
         "start a new conversation for every question"

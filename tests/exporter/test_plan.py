@@ -129,7 +129,7 @@ def test_layers_that_see_as_many_tokens_are_one_group(
 
 @pytest.mark.parametrize(
     ("keep", "arriving", "expected"),
-    [(144, 576, 144), (1, 576, 1), (575, 576, 575), (0.25, 576, 144), (0.5, 9, 4), (0.999, 576, 575), (0.002, 576, 1)],
+    [(144, 576, 144), (2, 576, 2), (575, 576, 575), (0.25, 576, 144), (0.5, 9, 4), (0.999, 576, 575), (0.004, 576, 2)],
 )
 def test_a_count_or_a_fraction_becomes_a_count(keep: float, arriving: int, expected: int):
     assert resolve_keep(keep, arriving, "here:") == expected
@@ -143,9 +143,10 @@ def test_a_count_or_a_fraction_becomes_a_count(keep: float, arriving: int, expec
         (-0.5, "here: keep = -0.5 must lie between 0 and 1 as a fraction"),
         (144.0, "here: keep = 144.0 must lie between 0 and 1 as a fraction; a token count is written as a whole"),
         (float("nan"), "here: keep = nan must lie between 0 and 1 as a fraction"),
-        (0, "here: keep = 0 leaves no vision token of 16; keep at least 1"),
-        (-3, "here: keep = -3 leaves no vision token of 16; keep at least 1"),
-        (0.01, "here: keep = 0.01 leaves no vision token of 16; keep at least 1"),
+        (0, "here: keep = 0 leaves 0 of 16 vision tokens; keep at least 2"),
+        (1, "here: keep = 1 leaves 1 of 16 vision tokens; keep at least 2"),
+        (-3, "here: keep = -3 leaves -3 of 16 vision tokens; keep at least 2"),
+        (0.01, "here: keep = 0.01 leaves 0 of 16 vision tokens; keep at least 2"),
         (17, "here: keep = 17 is more than the 16 vision tokens that arrive; choose a smaller number"),
         (16, "here: keep = 16 keeps all 16 vision tokens that arrive and has no effect; remove it or choose"),
         (0.99, "here: keep = 0.99 keeps all 16 vision tokens that arrive and has no effect"),

@@ -18,12 +18,12 @@ from transformers import LlavaForConditionalGeneration
 from tests.conftest import recipe_for, save_checkpoint, tiny_config
 from tokexport.errors import CheckpointError, RecipeError
 from tokexport.exporter.bundle import Bundle
-from tokexport.exporter.checkpoint import checkpoint_directory, describe_model, fingerprint, open_weights
+from tokexport.exporter.checkpoint import describe_model, fingerprint, open_weights
 from tokexport.exporter.export import design, planned, weight_names
 from tokexport.exporter.trace import bind_weights, trace
 from tokexport.exporter.weights import RandomWeights, TiedWeights, Weights, check_shapes
 from tokexport.recipes.load import override
-from tokexport.recipes.schema import Recipe
+from tokexport.recipes.schema import ModelTable, Recipe
 
 EMBEDDING, HEAD = "model.language_model.embed_tokens.weight", "lm_head.weight"
 NORM = "model.language_model.norm.weight"
@@ -357,7 +357,7 @@ def test_a_tower_layer_that_does_not_exist_is_refused(checkpoint: Path, tmp_path
 @pytest.mark.parametrize("name", ["nowhere", "./no/where", "a/b/c", "~/no/where/at/all"])
 def test_a_checkpoint_that_is_not_there_is_refused(name: str):
     with pytest.raises(CheckpointError, match=r"there is no model directory .*; give a directory, a hub id like"):
-        checkpoint_directory(name)
+        describe_model(ModelTable(family="llava15", checkpoint=name))
 
 
 def test_more_layers_than_the_model_has_are_refused(checkpoint: Path):

@@ -166,8 +166,8 @@ def test_a_setting_that_does_not_fit_is_refused(setting: str, text: str):
     ("setting", "text"),
     [
         ("compress.0.phaze=0.5", "[[compress]] adsc has no key 'phaze'; did you mean 'phase'?"),
-        ("compress.0.method=adcs", "[[compress]] there is no method 'adcs'; did you mean 'adsc'?"),
-        ("model.family=llava16", "[model] there is no family 'llava16'; did you mean 'llava15'?"),
+        ("compress.0.method=adcs", "there is no method 'adcs'; did you mean 'adsc'?"),
+        ("model.family=llava16", "there is no family 'llava16'; did you mean 'llava15'?"),
         ("model.architecture.text_config.vocab=3", "[model.architecture.text_config] has no key 'vocab'; "),
         ("model.architecture.text_confg.vocab_size=3", "[model.architecture] has no key 'text_confg'; did you mean "),
     ],
