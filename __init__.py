@@ -14,10 +14,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from tokexport.engines.bench import Bench
     from tokexport.engines.build import Built
     from tokexport.engines.model import Vlm
+    from tokexport.engines.parity import Verification
 
-__all__ = ["build", "load", "plan"]
+__all__ = ["bench", "build", "load", "plan", "verify"]
+
+# Imports stand inside the functions: "import tokexport" does not wait for torch.
 
 
 def build(
@@ -30,9 +34,13 @@ def build(
     adapter: str | None = None,
     dtype: str | None = None,
     settings: Sequence[str] = (),
-    **options: Any,
+    backend: str = "ort",
+    threads: int | None = None,
+    overwrite: bool = False,
+    with_verify: bool = True,
+    with_bench: bool = True,
 ) -> "Built":
-    """Export, verify and measure a recipe; see ``tokexport build --help`` and ``engines.build.build``.
+    """Export, verify and measure a recipe.
 
     Args:
         recipe: the name of a recipe that ships, or the path of a TOML file.
@@ -43,27 +51,105 @@ def build(
         adapter: a LoRA adapter directory to merge.
         dtype: ``float32``, ``float16`` or ``bfloat16``.
         settings: ``key=value`` changes to the recipe.
-        options: further arguments of ``engines.build.build``.
+        backend: the engine to verify and measure.
+        threads: CPU threads, None for one per core.
+        overwrite: replace an artefact that stands there.
+        with_verify: climb the parity ladder.
+        with_bench: make a short benchmark.
+
+    Raises:
+        TokexportError: see ``tokexport.errors``; nothing is left at ``out``.
     """
     from tokexport.engines.build import build as build_recipe
     from tokexport.recipes.load import load_recipe, override
 
     loaded = override(
-        load_recipe(recipe, settings), model=model, weights=weights, num_layers=num_layers, adapter=adapter, dtype=dtype
+        load_recipe(recipe, settings),
+        model=model,
+        weights=weights,
+        num_layers=num_layers,
+        adapter=adapter,
+        dtype=dtype,
     )
-    return build_recipe(loaded, Path(out) if out is not None else Path("out") / loaded.name, **options)
+    return build_recipe(
+        loaded,
+        Path(out) if out is not None else Path("out") / loaded.name,
+        backend=backend,
+        threads=threads,
+        overwrite=overwrite,
+        with_verify=with_verify,
+        with_bench=with_bench,
+    )
 
 
-def load(path: str | Path, **options: Any) -> "Vlm":
-    """Open an artefact to ask it questions; see ``engines.model.load`` for the options."""
+def load(
+    path: str | Path,
+    *,
+    backend: str = "ort",
+    threads: int | None = None,
+    max_text_tokens: int | None = None,
+    max_images: int | None = None,
+    model: str | None = None,
+) -> "Vlm":
+    """Open an artefact to ask it questions; see ``engines.model.load`` for the arguments."""
     from tokexport.engines.model import load as load_artefact
 
-    return load_artefact(path, **options)
+    return load_artefact(
+        path,
+        backend=backend,
+        threads=threads,
+        max_text_tokens=max_text_tokens,
+        max_images=max_images,
+        model=model,
+    )
 
 
-def plan(recipe: str = "mini_adsc", *, settings: Sequence[str] = (), text_tokens: int | None = None) -> dict[str, Any]:
+def plan(
+    recipe: str = "mini_adsc",
+    *,
+    model: str | None = None,
+    num_layers: int | None = None,
+    settings: Sequence[str] = (),
+    text_tokens: int | None = None,
+) -> dict[str, Any]:
     """Return tokens per layer, FLOPs and KV bytes of a recipe, the keys of ``tokexport plan --json``."""
     from tokexport.exporter.export import planned
-    from tokexport.recipes.load import load_recipe
+    from tokexport.recipes.load import load_recipe, override
 
-    return planned(load_recipe(recipe, settings), text_tokens=text_tokens)[1]
+    loaded = override(load_recipe(recipe, settings), model=model, num_layers=num_layers)
+    return planned(loaded, text_tokens=text_tokens)[1]
+
+
+def verify(
+    path: str | Path, *, backend: str = "ort", threads: int | None = None, model: str | None = None
+) -> "Verification":
+    """Climb the parity ladder of an artefact; ``passed`` of the result is the verdict."""
+    from tokexport.engines.build import verify_artefact
+
+    return verify_artefact(Path(path), backend=backend, threads=threads, model=model)
+
+
+def bench(
+    path: str | Path,
+    *,
+    backend: str = "ort",
+    threads: int | None = None,
+    model: str | None = None,
+    text_tokens: int | None = None,
+    new_tokens: int = 16,
+    repeats: int = 7,
+    controls: Sequence[str] = ("sample", "random"),
+) -> "Bench":
+    """Measure an artefact beside PyTorch, all tokens and control methods; ``report()`` of the result is the JSON."""
+    from tokexport.engines.bench import bench_artefact
+
+    return bench_artefact(
+        Path(path),
+        backend=backend,
+        threads=threads,
+        model=model,
+        text_tokens=text_tokens,
+        new_tokens=new_tokens,
+        repeats=repeats,
+        controls=controls,
+    )
