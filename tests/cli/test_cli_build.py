@@ -153,13 +153,16 @@ def test_verify_refuses_a_damaged_file(run: Run, tiny_adsc: Bundle, tmp_path: Pa
     assert outcome.error == (f"{path} is damaged: its SHA-256 is not the one in the manifest; build the artefact again")
 
 
-def test_bench_exits_with_4_where_a_figure_misses_its_bar(run: Run, tiny_full: Bundle, monkeypatch: pytest.MonkeyPatch):
+def test_bench_exits_with_4_where_a_figure_misses_its_bar(
+    run: Run, tiny_full: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
     # A bar that no machine reaches, so that the figures of this one do not matter.
     monkeypatch.setattr(
         tokexport.engines.bench.Bar, "passed", property(lambda bar: bar.name != "full_prefill_of_transformers")
     )
+    copy = shutil.copytree(tiny_full.path, tmp_path / "copy")
     arguments = ("--repeats", 1, "--new-tokens", 1, "--threads", 1, "--json")
-    outcome = run("bench", tiny_full.path, *arguments, "--gate")
+    outcome = run("bench", copy, *arguments, "--gate")
     assert outcome.code == 4
     assert outcome.error.startswith("1 figures miss their bars: prefill_ms of ort over that of transformers")
     assert outcome.document["rows"]
