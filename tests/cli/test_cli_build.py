@@ -88,7 +88,11 @@ def test_export_writes_graphs_only(run: Run, recipe: Path, checkpoint: Path, tmp
 
 @pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM], ids=["ctrl-c", "sigterm"])
 def test_an_interrupted_build_leaves_nothing(recipe: Path, checkpoint: Path, tmp_path: Path, sent: signal.Signals):
-    process = in_process("build", "--recipe", recipe, "--model", checkpoint, "-o", tmp_path / "out", *BUILD_ALONE)
+    def listen() -> None:
+        signal.signal(sent, signal.SIG_DFL)  # a shell's background jobs, and what they start, are deaf to Ctrl-C
+
+    arguments = ("build", "--recipe", recipe, "--model", checkpoint, "-o", tmp_path / "out", *BUILD_ALONE)
+    process = in_process(*arguments, preexec_fn=listen)
     assert process.stderr is not None
     said = ""
     while "tracing decoder" not in said:
