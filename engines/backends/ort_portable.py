@@ -100,5 +100,8 @@ def inference_session(graph: bytes, folder: Path, *, threads: int | None) -> "or
     settings = ort.SessionOptions()
     settings.intra_op_num_threads = threads or available_cores()
     settings.log_severity_level = 3
+    # The three sessions have a thread pool each. Threads that spin on after the vision encoder's run would
+    # take the cores that the decoder's threads need: its first layer then takes twice as long.
+    settings.add_session_config_entry("session.force_spinning_stop", "1")
     settings.add_session_config_entry("session.model_external_initializers_file_folder_path", str(folder))
     return ort.InferenceSession(graph, settings, providers=["CPUExecutionProvider"])
