@@ -6,14 +6,15 @@ Imports stand inside the commands, so that ``tokexport --help`` does not wait fo
 import json
 import signal
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 import click
 
+from tokexport.engines.cli_options import answer_options, engine_options, output_options, recipe_options
 from tokexport.engines.terminal import Terminal
 from tokexport.errors import GateError, InputError, ParityError, TokexportError
 
@@ -22,91 +23,7 @@ if TYPE_CHECKING:
     from tokexport.engines.model import Chat, Vlm
     from tokexport.recipes.schema import Recipe
 
-Command = TypeVar("Command", bound=Callable[..., Any])
 _EXIT_INTERRUPTED = 130
-
-
-def _recipe_options(command: Command) -> Command:
-    options = [
-        click.option(
-            "--recipe",
-            "-r",
-            "recipe_name",
-            default="mini_adsc",
-            show_default=True,
-            help="Name of a recipe, or path of a TOML file.",
-        ),
-        click.option("--model", help="Checkpoint directory or hub id instead of the recipe's."),
-        click.option(
-            "--weights",
-            type=click.Choice(["checkpoint", "random"]),
-            help="Read the checkpoint, or make random weights of its architecture.",
-        ),
-        click.option(
-            "--num-layers",
-            type=click.IntRange(min=1),
-            help="Cut a model with random weights to so many decoder layers.",
-        ),
-        click.option("--adapter", type=click.Path(path_type=Path), help="LoRA adapter directory (PEFT) to merge."),
-        click.option("--dtype", type=click.Choice(["float32", "float16", "bfloat16"]), help="Precision of the graphs."),
-        click.option(
-            "--set",
-            "settings",
-            multiple=True,
-            metavar="KEY=VALUE",
-            help="Change a value of the recipe, e.g. compress.0.phase=0.5.",
-        ),
-    ]
-    return _with(command, options)
-
-
-def _engine_options(command: Command) -> Command:
-    options = [
-        click.option("--backend", default="ort", show_default=True, help="Engine; 'tokexport doctor' lists them."),
-        click.option("--threads", type=click.IntRange(min=1), help="CPU threads, by default one per core."),
-    ]
-    return _with(command, options)
-
-
-def _answer_options(command: Command) -> Command:
-    options = [
-        click.option(
-            "--image",
-            "images",
-            multiple=True,
-            type=click.Path(path_type=Path),
-            help="Image file; may be given more than once.",
-        ),
-        click.option(
-            "--max-new-tokens", default=64, show_default=True, type=click.IntRange(min=1), help="Longest answer."
-        ),
-        click.option("--temperature", default=0.0, show_default=True, help="0 takes the likeliest token."),
-        click.option("--top-k", default=0, show_default=True, help="Draw from so many tokens; 0 is all."),
-        click.option("--top-p", default=1.0, show_default=True, help="Draw from tokens holding this probability."),
-        click.option("--seed", default=0, show_default=True, help="Of the draws."),
-        click.option(
-            "--max-text-tokens", type=click.IntRange(min=1), help="Room for text in the cache, by default the recipe's."
-        ),
-        click.option(
-            "--max-images", type=click.IntRange(min=0), help="Room for images in the cache, by default the recipe's."
-        ),
-        click.option("--model", help="Checkpoint, for engines that run from it."),
-    ]
-    return _with(command, options)
-
-
-def _output_options(command: Command) -> Command:
-    options = [
-        click.option("--json", "as_json", is_flag=True, help="One JSON document on stdout."),
-        click.option("--quiet", "-q", is_flag=True, help="Nothing for people on stderr but errors."),
-    ]
-    return _with(command, options)
-
-
-def _with(command: Command, options: list[Callable[[Any], Any]]) -> Command:
-    for option in reversed(options):
-        command = option(command)
-    return command
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
@@ -116,15 +33,15 @@ def cli() -> None:
 
 
 @cli.command()
-@_recipe_options
+@recipe_options
 @click.option("--out", "-o", type=click.Path(path_type=Path), help="Directory of the artefact, by default out/RECIPE.")
-@_engine_options
+@engine_options
 @click.option("--overwrite", is_flag=True, help="Replace an artefact that stands there.")
 @click.option(
     "--verify/--no-verify", "with_verify", default=True, help="Prove the artefact before it is put in its place."
 )
 @click.option("--bench/--no-bench", "with_bench", default=True, help="Measure it shortly.")
-@_output_options
+@output_options
 def build(
     out: Path | None,
     backend: str,
@@ -175,10 +92,10 @@ def build(
 
 
 @cli.command()
-@_recipe_options
+@recipe_options
 @click.option("--out", "-o", type=click.Path(path_type=Path), help="Directory of the artefact, by default out/RECIPE.")
 @click.option("--overwrite", is_flag=True, help="Replace an artefact that stands there.")
-@_output_options
+@output_options
 def export(out: Path | None, overwrite: bool, as_json: bool, quiet: bool, **recipe: Any) -> None:
     """Write the ONNX graphs only, without running them."""
     from tokexport.engines.build import export_only
@@ -192,14 +109,14 @@ def export(out: Path | None, overwrite: bool, as_json: bool, quiet: bool, **reci
 
 
 @cli.command()
-@_recipe_options
+@recipe_options
 @click.option("--text-tokens", type=click.IntRange(min=0), help="Text tokens of the prompt, by default the recipe's.")
 @click.option(
     "--solve",
     metavar="KIND=PART",
     help="Propose drop schedules that keep this part of the vision KV cache (kv=0.433) or of the FLOPs (flops=0.46).",
 )
-@_output_options
+@output_options
 def plan(text_tokens: int | None, solve: str | None, as_json: bool, quiet: bool, **recipe: Any) -> None:
     """Say how many tokens reach each layer and what that costs, without reading weights."""
     from tokexport.engines.tables import plan_tables, proposals_table
@@ -223,9 +140,9 @@ def plan(text_tokens: int | None, solve: str | None, as_json: bool, quiet: bool,
 
 @cli.command()
 @click.argument("artefact", type=click.Path(path_type=Path))
-@_engine_options
+@engine_options
 @click.option("--model", help="The checkpoint, if it has moved since the build.")
-@_output_options
+@output_options
 def verify(artefact: Path, backend: str, threads: int | None, model: str | None, as_json: bool, quiet: bool) -> None:
     """Prove that an artefact computes what its checkpoint does. Exit code 3 if not."""
     from tokexport.engines.build import verify_artefact
@@ -245,7 +162,7 @@ def verify(artefact: Path, backend: str, threads: int | None, model: str | None,
 
 @cli.command()
 @click.argument("artefact", type=click.Path(path_type=Path))
-@_engine_options
+@engine_options
 @click.option("--model", help="The checkpoint, if it has moved since the build.")
 @click.option("--text-tokens", type=click.IntRange(min=1), help="Text tokens of the prompt, by default the recipe's.")
 @click.option("--new-tokens", default=16, show_default=True, type=click.IntRange(min=1), help="Tokens of the answer.")
@@ -259,7 +176,7 @@ def verify(artefact: Path, backend: str, threads: int | None, model: str | None,
     help="Method to compare with at the same number of tokens.",
 )
 @click.option("--gate", is_flag=True, help="Exit with code 4 if a figure misses its bar.")
-@_output_options
+@output_options
 def bench(artefact: Path, gate: bool, as_json: bool, quiet: bool, **options: Any) -> None:
     """Measure {PyTorch, engine} x {all tokens, compressed} beside the plan's prediction."""
     from tokexport.engines.bench import bench_artefact
@@ -283,9 +200,9 @@ def bench(artefact: Path, gate: bool, as_json: bool, quiet: bool, **options: Any
 @cli.command()
 @click.argument("artefact", type=click.Path(path_type=Path))
 @click.option("--prompt", "-p", required=True, help="The question.")
-@_answer_options
-@_engine_options
-@_output_options
+@answer_options
+@engine_options
+@output_options
 def run(artefact: Path, prompt: str, images: tuple[Path, ...], as_json: bool, quiet: bool, **options: Any) -> None:
     """Answer one question about images, streaming."""
     vlm, chat_ = _open_chat(artefact, options)
@@ -301,9 +218,9 @@ def run(artefact: Path, prompt: str, images: tuple[Path, ...], as_json: bool, qu
 
 @cli.command()
 @click.argument("artefact", type=click.Path(path_type=Path))
-@_answer_options
-@_engine_options
-@_output_options
+@answer_options
+@engine_options
+@output_options
 def chat(artefact: Path, images: tuple[Path, ...], as_json: bool, quiet: bool, **options: Any) -> None:
     """Talk in several turns on one cache. /image FILE adds an image, /reset starts anew, /quit ends."""
     terminal = Terminal(quiet=quiet)
@@ -326,7 +243,7 @@ def chat(artefact: Path, images: tuple[Path, ...], as_json: bool, quiet: bool, *
 
 @cli.command()
 @click.argument("artefact", type=click.Path(path_type=Path))
-@_output_options
+@output_options
 def inspect(artefact: Path, as_json: bool, quiet: bool) -> None:
     """Show what an artefact holds: model, recipe, graphs, inputs and outputs."""
     from tokexport.engines.tables import bundle_tables, describe_bundle
@@ -340,7 +257,7 @@ def inspect(artefact: Path, as_json: bool, quiet: bool) -> None:
 
 
 @cli.command("list")
-@_output_options
+@output_options
 def list_(as_json: bool, quiet: bool) -> None:
     """List recipes, methods, families and engines."""
     from tokexport.engines.doctor import list_everything
@@ -358,7 +275,7 @@ def list_(as_json: bool, quiet: bool) -> None:
 
 
 @cli.command()
-@_output_options
+@output_options
 def doctor(as_json: bool, quiet: bool) -> None:
     """Say what this machine can build and run, and what is missing for the rest."""
     from tokexport.engines.doctor import examine

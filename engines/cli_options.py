@@ -1,0 +1,96 @@
+"""Options that several commands share, as decorators of a command."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+import click
+
+Command = TypeVar("Command", bound=Callable[..., Any])
+
+
+def recipe_options(command: Command) -> Command:
+    """Add the options that say which recipe is taken and what is changed in it."""
+    options = [
+        click.option(
+            "--recipe",
+            "-r",
+            "recipe_name",
+            default="mini_adsc",
+            show_default=True,
+            help="Name of a recipe, or path of a TOML file.",
+        ),
+        click.option("--model", help="Checkpoint directory or hub id instead of the recipe's."),
+        click.option(
+            "--weights",
+            type=click.Choice(["checkpoint", "random"]),
+            help="Read the checkpoint, or make random weights of its architecture.",
+        ),
+        click.option(
+            "--num-layers",
+            type=click.IntRange(min=1),
+            help="Cut a model with random weights to so many decoder layers.",
+        ),
+        click.option("--adapter", type=click.Path(path_type=Path), help="LoRA adapter directory (PEFT) to merge."),
+        click.option("--dtype", type=click.Choice(["float32", "float16", "bfloat16"]), help="Precision of the graphs."),
+        click.option(
+            "--set",
+            "settings",
+            multiple=True,
+            metavar="KEY=VALUE",
+            help="Change a value of the recipe, e.g. compress.0.phase=0.5.",
+        ),
+    ]
+    return _with(command, options)
+
+
+def engine_options(command: Command) -> Command:
+    """Add the options that say what runs an artefact."""
+    options = [
+        click.option("--backend", default="ort", show_default=True, help="Engine; 'tokexport doctor' lists them."),
+        click.option("--threads", type=click.IntRange(min=1), help="CPU threads, by default one per core."),
+    ]
+    return _with(command, options)
+
+
+def answer_options(command: Command) -> Command:
+    """Add the options that say what is asked about and how the answer is chosen."""
+    options = [
+        click.option(
+            "--image",
+            "images",
+            multiple=True,
+            type=click.Path(path_type=Path),
+            help="Image file; may be given more than once.",
+        ),
+        click.option(
+            "--max-new-tokens", default=64, show_default=True, type=click.IntRange(min=1), help="Longest answer."
+        ),
+        click.option("--temperature", default=0.0, show_default=True, help="0 takes the likeliest token."),
+        click.option("--top-k", default=0, show_default=True, help="Draw from so many tokens; 0 is all."),
+        click.option("--top-p", default=1.0, show_default=True, help="Draw from tokens holding this probability."),
+        click.option("--seed", default=0, show_default=True, help="Of the draws."),
+        click.option(
+            "--max-text-tokens", type=click.IntRange(min=1), help="Room for text in the cache, by default the recipe's."
+        ),
+        click.option(
+            "--max-images", type=click.IntRange(min=0), help="Room for images in the cache, by default the recipe's."
+        ),
+        click.option("--model", help="Checkpoint, for engines that run from it."),
+    ]
+    return _with(command, options)
+
+
+def output_options(command: Command) -> Command:
+    """Add the options that say where results are printed."""
+    options = [
+        click.option("--json", "as_json", is_flag=True, help="One JSON document on stdout."),
+        click.option("--quiet", "-q", is_flag=True, help="Nothing for people on stderr but errors."),
+    ]
+    return _with(command, options)
+
+
+def _with(command: Command, options: list[Callable[[Any], Any]]) -> Command:
+    for option in reversed(options):
+        command = option(command)
+    return command
