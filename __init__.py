@@ -14,12 +14,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from tokexport.engines.accuracy import Accuracy
     from tokexport.engines.bench import Bench
     from tokexport.engines.build import Built
     from tokexport.engines.model import Vlm
     from tokexport.engines.parity import Verification
+    from tokexport.engines.scoring import Metric
 
-__all__ = ["bench", "build", "load", "plan", "verify"]
+__all__ = ["bench", "build", "evaluate", "load", "plan", "verify"]
 
 # Imports stand inside the functions: "import tokexport" does not wait for torch.
 
@@ -152,4 +154,47 @@ def bench(
         new_tokens=new_tokens,
         repeats=repeats,
         controls=controls,
+    )
+
+
+def evaluate(
+    path: str | Path,
+    data: str = "test",
+    *,
+    dialogues: int | None = None,
+    turns: int | None = None,
+    seed: int | None = None,
+    full: str | Path | None = None,
+    answers: str | Path | None = None,
+    store: bool = True,
+    backend: str = "ort",
+    metric: "Metric" = "exact",
+    max_new_tokens: int = 16,
+    max_text_tokens: int | None = None,
+    threads: int | None = None,
+    model: str | None = None,
+) -> "Accuracy":
+    """Measure the accuracy of an artefact on dialogues; ``report()`` of the result is the JSON.
+
+    ``data``, ``dialogues``, ``turns`` and ``seed`` are those of ``engines.evaluation_data.open_dialogues``, the rest
+    is explained at ``engines.accuracy.evaluate_artefact`` and ``EvalOptions``.
+    """
+    from tokexport.engines.accuracy import EvalOptions, evaluate_artefact
+    from tokexport.engines.evaluation_data import open_dialogues
+
+    options = EvalOptions(
+        backend=backend,
+        metric=metric,
+        max_new_tokens=max_new_tokens,
+        max_text_tokens=max_text_tokens,
+        threads=threads,
+        model=model,
+    )
+    return evaluate_artefact(
+        Path(path),
+        open_dialogues(data, dialogues=dialogues, turns=turns, seed=seed),
+        options,
+        full=None if full is None else Path(full),
+        answers=None if answers is None else Path(answers),
+        store=store,
     )

@@ -14,6 +14,7 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
+from tokexport.engines import accuracy_text
 from tokexport.engines.report_plots import GainBar, LayerRun, TimeBar, draw_gains, draw_times, draw_tokens
 from tokexport.errors import BundleError
 from tokexport.exporter.bundle import Bundle
@@ -29,6 +30,7 @@ class ReportDocuments:
     plan: Mapping[str, Any]
     verify: Mapping[str, Any] | None
     bench: Mapping[str, Any] | None
+    accuracy: Mapping[str, Any] | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -113,6 +115,7 @@ def write_reports(bundle: Bundle) -> tuple[Path, Path]:
         plan=plan,
         verify=bundle.read_report("verify.json"),
         bench=bundle.read_report("bench.json"),
+        accuracy=bundle.read_report("eval.json"),
     )
     markdown = bundle.write_report("report.md", render_markdown(documents))
     return markdown, bundle.write_report("report.html", render_html(documents))
@@ -142,7 +145,7 @@ def _environment(**settings: Any) -> Environment:
 
 def _contents(documents: ReportDocuments) -> dict[str, Any]:
     """Return what the templates lay out, by the names that they use."""
-    plan, verify, bench = documents.plan, documents.verify, documents.bench
+    plan, verify, bench, accuracy = documents.plan, documents.verify, documents.bench, documents.accuracy
     emitted, per_layer = plan["vision_tokens"]["emitted"], plan["vision_tokens"]["per_layer"]
     mean = sum(per_layer) / len(per_layer)
     arms = _arms(bench) if bench else ()
@@ -153,13 +156,20 @@ def _contents(documents: ReportDocuments) -> dict[str, Any]:
         "dtype": str(plan.get("dtype", _DASH)),
         "kept": f"{emitted} -> {_count(mean)} tokens per layer ({100 * mean / emitted:.3g} %)",
         "kept_share": mean / emitted,
-        "headlines": [*_planned_headlines(plan), _speed_headline(plan, bench, arms), _parity_headline(verify)],
+        "headlines": [
+            *_planned_headlines(plan),
+            _speed_headline(plan, bench, arms),
+            *_accuracy_headline(accuracy),
+            _parity_headline(verify),
+        ],
         "findings": list(_findings(verify, arms, gates)),
         "costs": list(_costs(plan)),
         "runs": list(_runs(per_layer)),
         "arms": arms,
         "pairs": list(_pairs(arms)),
         "gates": gates,
+        "answered": list(accuracy_text.figure_rows(accuracy)) if accuracy else [],
+        "accuracy_remarks": list(accuracy_text.remarks(accuracy)) if accuracy else [],
         "ladder": _ladder(verify) if verify else {},
         "environment": _surroundings(documents),
     }
@@ -197,6 +207,12 @@ def _parity_headline(verify: Mapping[str, Any] | None) -> Headline:
     detail = f"{good} of {len(checks)} checks within tolerance"
     word, tone = ("passed", "good") if verify["passed"] else ("failed", "bad")
     return Headline(label="Parity", value=word, detail=detail, tone=tone)
+
+
+def _accuracy_headline(accuracy: Mapping[str, Any] | None) -> Iterable[Headline]:
+    if accuracy is not None:
+        value, detail = accuracy_text.headline(accuracy)
+        yield Headline(label="Accuracy", value=value, detail=detail)
 
 
 def _findings(
@@ -315,6 +331,7 @@ def _surroundings(documents: ReportDocuments) -> dict[str, list[tuple[str, str]]
         "Machine": {key: value for key, value in machine.items() if key != "versions"},
         "Versions": machine.get("versions", {}),
         "Workload": bench.get("workload", {}),
+        "Accuracy": accuracy_text.settings(documents.accuracy) if documents.accuracy else {},
         "Parity": {key: verify[key] for key in ("backend", "dtype", "seconds") if key in verify},
     }
     return {

@@ -11,6 +11,7 @@ from rich.console import RenderableType
 from rich.table import Column, Table
 from rich.text import Text
 
+from tokexport.engines.accuracy_text import figure_rows, remarks
 from tokexport.exporter.bundle import Bundle
 from tokexport.exporter.graph_io import GRAPHS, GraphName, TensorIO
 from tokexport.exporter.plan import TokenPlan, keep_text
@@ -110,6 +111,16 @@ def bench_tables(report: Mapping[str, Any]) -> list[RenderableType]:
         verdict = Text("reached", "green") if gate["passed"] else Text("missed", "yellow")
         figures.add_row(gate["meaning"], f"{gate['value']:.3g}", f"{sign} {gate['bar']:g}", verdict)
     return [rows, figures]
+
+
+def eval_tables(report: Mapping[str, Any]) -> list[RenderableType]:
+    """Return the accuracy overall, by turn and by kind, and what compression changed."""
+    title = f"{report['dialogues']:,} dialogues, {report['metric']} metric, {report['backend']}, {report['dtype']}"
+    numbers = [Column(name, justify="right") for name in ("questions", "accuracy", "95 % interval")]
+    table = new_table("", *numbers, title=title)
+    for row in figure_rows(report):
+        table.add_row(*row)
+    return [table, *remarks(report)]
 
 
 def _ratio(report: Mapping[str, Any]) -> str:

@@ -126,6 +126,46 @@ def test_nothing_saved_is_no_negative_zero():
     assert "**0 %**" in line_with(render_markdown(documents(plan=plan)), "FLOPs", "**")
 
 
+def answered(**changes: Any) -> dict[str, Any]:
+    figure = {"accuracy": 0.75, "questions": 4000, "interval": [0.74, 0.76]}
+    setting = {"backend": "ort", "metric": "exact", "dialogues": 2000, "max_new_tokens": 16}
+    rest = {"weights": "checkpoint", "ignores_compression": False, "data": {"split": "test"}, "full": None}
+    turns = [{"turn": 1, **figure, "questions": 2000}, {"turn": 2, **figure, "questions": 2000}]
+    return {**figure, "per_turn": turns, "per_kind": {"counting | x": figure}, **setting, **rest, **changes}
+
+
+FULL = {"full_accuracy": 0.8, "relative": 0.9375, "relative_interval": [0.92, 0.95]}
+LOST = {"difference": -0.05, "difference_interval": [-0.06, -0.04], "gained": 20, "lost": 220}
+
+
+def test_the_accuracy_stands_in_both_reports():
+    shown = documents(accuracy=answered(full=FULL | LOST))
+    markdown, page = render_markdown(shown), text_of(render_html(shown))
+    assert "| turn 2 | 2,000 | 75.0 % | 74.0 to 76.0 % |" in markdown
+    assert "93.8 % (92.0 to 95.0 %) of the full model's 80.0 %; -5.00 points (-6.00 to -4.00)" in markdown
+    assert "turn 2 2,000 75.0 % 74.0 to 76.0 %" in page
+    assert "80.0 % with all tokens" in line_with(markdown, "| Accuracy |")
+
+
+def test_an_accuracy_that_was_not_measured_is_said_to_be_so():
+    assert "Measure it with `tokexport eval`" in render_markdown(documents())
+    assert "Measure it with tokexport eval" in text_of(render_html(documents()))
+
+
+def test_an_accuracy_of_random_weights_is_said_to_mean_nothing():
+    assert "the weights are random" in render_markdown(documents(accuracy=answered(weights="random")))
+
+
+def test_an_accuracy_without_the_compression_is_said_to_be_so():
+    assert "transformers runs all tokens" in render_markdown(
+        documents(accuracy=answered(ignores_compression=True, backend="transformers"))
+    )
+
+
+def test_a_kind_from_outside_breaks_no_table():
+    assert "| counting \\| x | 4,000 |" in render_markdown(documents(accuracy=answered()))
+
+
 @pytest.mark.parametrize("missing", ["verify", "bench"])
 def test_a_page_fetches_nothing(missing: str):
     for html in (render_html(documents()), render_html(documents(**{missing: None}))):

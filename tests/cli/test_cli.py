@@ -22,7 +22,7 @@ def test_help_is_printed_on_stdout(run: Run, arguments: list[str]):
 
 def test_help_names_every_command(run: Run):
     out = run("--help").out
-    for name in ("build", "export", "plan", "verify", "bench", "run", "chat", "inspect", "list", "doctor"):
+    for name in ("build", "export", "plan", "verify", "bench", "eval", "run", "chat", "inspect", "list", "doctor"):
         assert f"  {name} " in out
 
 
@@ -141,7 +141,9 @@ def test_an_unknown_engine_is_refused_with_the_nearest(run: Run, artefact: Path,
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("command", [["run", "-p", "Hello."], ["chat"], ["verify"], ["bench"], ["inspect"]], ids=str)
+@pytest.mark.parametrize(
+    "command", [["run", "-p", "Hello."], ["chat"], ["verify"], ["bench"], ["eval"], ["inspect"]], ids=str
+)
 def test_a_folder_that_is_no_artefact_is_refused(run: Run, tmp_path: Path, command: list[str]):
     outcome = run(*command, tmp_path)
     assert outcome.code == 1
