@@ -14,14 +14,14 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from tokexport.engines.cli_options import answer_options, engine_options, output_options, recipe_options
+from tokexport.commands.options import answer_options, engine_options, output_options, recipe_from, recipe_options
+from tokexport.commands.train import train
 from tokexport.engines.terminal import Terminal
 from tokexport.errors import GateError, InputError, ParityError, TokexportError
 
 if TYPE_CHECKING:
     from tokexport.engines.generate import Sampling
     from tokexport.engines.model import Chat, Vlm
-    from tokexport.recipes.schema import Recipe
 
 _EXIT_INTERRUPTED = 130
 
@@ -57,7 +57,7 @@ def build(
     from tokexport.engines.build import build as build_artefact
     from tokexport.engines.tables import bench_tables, plan_tables, verify_table
 
-    loaded, terminal = _recipe(**recipe), Terminal(quiet=quiet)
+    loaded, terminal = recipe_from(**recipe), Terminal(quiet=quiet)
     place = out or Path("out") / loaded.name
     with terminal.working():
         built = build_artefact(
@@ -100,7 +100,7 @@ def export(out: Path | None, overwrite: bool, as_json: bool, quiet: bool, **reci
     """Write the ONNX graphs only, without running them."""
     from tokexport.engines.build import export_only
 
-    loaded, terminal = _recipe(**recipe), Terminal(quiet=quiet)
+    loaded, terminal = recipe_from(**recipe), Terminal(quiet=quiet)
     with terminal.working():
         bundle = export_only(loaded, out or Path("out") / loaded.name, overwrite=overwrite, progress=terminal.step)
     terminal.show(f"exported {bundle.path}; not verified")
@@ -124,7 +124,7 @@ def plan(text_tokens: int | None, solve: str | None, as_json: bool, quiet: bool,
     from tokexport.exporter.solve import Budget, propose
 
     budget = Budget.parse(solve) if solve else None
-    made, report = planned(_recipe(**recipe), text_tokens=text_tokens)
+    made, report = planned(recipe_from(**recipe), text_tokens=text_tokens)
     terminal = Terminal(quiet=quiet)
     terminal.show(*plan_tables(report, made.plan))
     if budget is not None:
@@ -362,6 +362,9 @@ def doctor(as_json: bool, quiet: bool) -> None:
         _print_json(report)
 
 
+cli.add_command(train)
+
+
 def main() -> None:
     """Run the command line and exit with the code of what happened."""
     signal.signal(signal.SIGTERM, _interrupt)
@@ -392,12 +395,6 @@ def _interrupt(_signal: int, _frame: FrameType | None) -> None:
 def _fail(text: str, code: int) -> None:
     click.echo(f"error: {' '.join(text.split())}", err=True)
     sys.exit(code)
-
-
-def _recipe(*, recipe_name: str, settings: tuple[str, ...], adapter: Path | None, **changes: Any) -> "Recipe":
-    from tokexport.recipes.load import load_recipe, override
-
-    return override(load_recipe(recipe_name, settings), adapter=None if adapter is None else str(adapter), **changes)
 
 
 def _open_chat(artefact: Path, options: dict[str, Any]) -> tuple["Vlm", "Chat"]:

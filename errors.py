@@ -8,6 +8,7 @@ TokexportError              exit 1   what came, what was expected, what to do
 ├── InputError                       an image, a prompt, a number given to a run
 ├── BackendUnavailableError          an engine that is not installed or cannot do this
 ├── ExportError                      a graph that could not be made as promised
+├── TrainingError                    training that cannot start, go on, or be stored
 ├── ParityError             exit 3   two implementations disagree
 └── GateError               exit 4   a measured figure is under the bar
 ```
@@ -44,6 +45,10 @@ class BackendUnavailableError(TokexportError):
 
 class ExportError(TokexportError):
     """A graph that breaks what tokexport promises of it."""
+
+
+class TrainingError(TokexportError):
+    """Training that cannot start, go on, or be stored."""
 
 
 class ParityError(TokexportError):

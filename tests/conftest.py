@@ -34,7 +34,7 @@ def tiny_config(*, num_kv_heads: int = 2, tied: bool = False) -> LlavaConfig:
         },
         text_config={
             "model_type": "llama",
-            "vocab_size": 512,
+            "vocab_size": 576,
             "hidden_size": 64,
             "intermediate_size": 96,
             "num_hidden_layers": NUM_LAYERS,

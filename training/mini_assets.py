@@ -3,14 +3,16 @@
 Run ``python -m tokexport.training.mini_assets`` to write them again; the result is the same every time.
 """
 
+from collections.abc import Iterator
 from pathlib import Path
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import CLIPImageProcessorPil, LlavaConfig, LlavaProcessor, PreTrainedTokenizerFast
 
 import tokexport.recipes
+from tokexport.dialogues.generate import corpus
 
-VOCABULARY = 512
+VOCABULARY = 576
 SPECIAL_TOKENS = ["<unk>", "<s>", "</s>", "<pad>", "<image>"]
 
 CHAT_TEMPLATE = (
@@ -23,37 +25,16 @@ CHAT_TEMPLATE = (
     "{% if add_generation_prompt %}{{ 'ASSISTANT:' }}{% endif %}"
 )
 
-_SHAPES = ["circle", "square", "triangle", "star", "cross", "ring", "diamond", "heart", "hexagon", "arrow"]
-_COLOURS = ["red", "green", "blue", "yellow", "orange", "purple", "white", "black", "grey", "pink", "brown", "cyan"]
-_PLACES = ["top", "bottom", "left", "right", "middle", "corner", "centre", "edge", "row", "column", "upper", "lower"]
-_FRAMES = [
-    "What is the {colour} {shape} at the {place}?",
-    "What colour is the {shape} in the {place} {place2}?",
-    "How many {colour} {shape}s are there?",
-    "Is there a {colour} {shape} to the {place} of the {colour2} {shape2}? yes no",
-    "Which letter is written in the {place} of the image? Which digit is in the {place2} row?",
-    "Are there more {colour} {shape}s than {colour2} {shape2}s? more fewer the same number",
-    "Describe the image. The background is {colour} and there are several objects in it.",
-    "Where is the {colour} {shape}? It is above below beside between the {colour2} {shape2}.",
-    "USER: ASSISTANT: zero one two three four five six seven eight nine ten none nothing",
-]
+_NUM_SCENES = 3000
+# What the chat template says, as often as it is said.
+_LAYOUT = "USER:\nASSISTANT:"
 
 
-def corpus() -> list[str]:
-    """Return the sentences that the tokenizer learns its merges from."""
-    count = len(_SHAPES) * len(_COLOURS)
-    return [
-        frame.format(
-            shape=_SHAPES[i % len(_SHAPES)],
-            shape2=_SHAPES[(i * 3 + 1) % len(_SHAPES)],
-            colour=_COLOURS[i % len(_COLOURS)],
-            colour2=_COLOURS[(i * 5 + 2) % len(_COLOURS)],
-            place=_PLACES[i % len(_PLACES)],
-            place2=_PLACES[(i * 7 + 3) % len(_PLACES)],
-        )
-        for i in range(count)
-        for frame in _FRAMES
-    ]
+def sentences() -> Iterator[str]:
+    """Yield what the tokenizer learns its merges from."""
+    for sentence in corpus(_NUM_SCENES):
+        yield f" {sentence}"
+        yield _LAYOUT
 
 
 def make_tokenizer() -> PreTrainedTokenizerFast:
@@ -67,7 +48,7 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    tokenizer.train_from_iterator(corpus(), trainer)
+    tokenizer.train_from_iterator(sentences(), trainer)
     tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
@@ -80,14 +61,14 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def make_config() -> LlavaConfig:
-    """Return LLaVA-1.5's architecture with 7.7 million parameters."""
+    """Return LLaVA-1.5's architecture with 6 million parameters."""
     return LlavaConfig(
         vision_config={
             "model_type": "clip_vision_model",
-            "hidden_size": 128,
-            "intermediate_size": 512,
+            "hidden_size": 160,
+            "intermediate_size": 640,
             "num_hidden_layers": 6,
-            "num_attention_heads": 4,
+            "num_attention_heads": 5,
             "image_size": 336,
             "patch_size": 14,
             "projection_dim": 128,
@@ -95,11 +76,11 @@ def make_config() -> LlavaConfig:
         text_config={
             "model_type": "llama",
             "vocab_size": VOCABULARY,
-            "hidden_size": 256,
-            "intermediate_size": 640,
+            "hidden_size": 192,
+            "intermediate_size": 512,
             "num_hidden_layers": 8,
-            "num_attention_heads": 4,
-            "num_key_value_heads": 4,
+            "num_attention_heads": 3,
+            "num_key_value_heads": 3,
             "head_dim": 64,
             "max_position_embeddings": 4096,
             "rms_norm_eps": 1e-5,

@@ -2,9 +2,12 @@
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
+
+if TYPE_CHECKING:
+    from tokexport.recipes.schema import Recipe
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 
@@ -42,6 +45,13 @@ def recipe_options(command: Command) -> Command:
         ),
     ]
     return _with(command, options)
+
+
+def recipe_from(*, recipe_name: str, settings: tuple[str, ...], adapter: Path | None, **changes: Any) -> "Recipe":
+    """Return what ``recipe_options`` ask for."""
+    from tokexport.recipes.load import load_recipe, override
+
+    return override(load_recipe(recipe_name, settings), adapter=None if adapter is None else str(adapter), **changes)
 
 
 def engine_options(command: Command) -> Command:

@@ -1,0 +1,196 @@
+"""ADSC tuning (arXiv 2602.12618): LoRA on the language model with the bottlenecks in place.
+
+The bottlenecks reach the recipe's keeps step by step. The paper calls its order a reverse curriculum
+and its steps are not published; both readings are here, and none for comparison.
+"""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from transformers import LlavaForConditionalGeneration
+
+from tokexport.errors import RecipeError, TrainingError
+from tokexport.exporter.checkpoint import open_weights
+from tokexport.exporter.export import Design
+from tokexport.exporter.method import arriving_plans
+from tokexport.exporter.methods.adsc import Adsc
+from tokexport.exporter.plan import squarest_grid
+from tokexport.training.compressed import CompressedLlava, Thinning
+from tokexport.training.loop import Listener, Schedule, fit
+from tokexport.training.tuning_data import Material
+
+try:
+    from peft import LoraConfig, get_peft_model
+except ImportError as error:
+    raise TrainingError("tuning needs the package peft; install it with: pip install 'tokexport[train]'") from error
+
+Curriculum = Literal["mild-first", "strong-first", "none"]
+
+# How far towards the recipe's keeps each step of a curriculum goes: 0 keeps all tokens, 1 what the recipe says.
+_SHARES: Mapping[Curriculum, tuple[float, ...]] = {
+    "mild-first": (0.25, 0.5, 0.75, 1.0),
+    "strong-first": (1.6, 1.4, 1.2, 1.0),
+    "none": (1.0,),
+}
+# The share of the steps that is trained at the recipe's keeps; the rest is split evenly over what comes before.
+_LAST_SHARE = 0.5
+_LINEAR_LAYERS = r".*language_model\.layers\.\d+\.(self_attn|mlp)\.(q|k|v|o|gate|up|down)_proj"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tuning:
+    """How a model is tuned to a recipe.
+
+    Attributes:
+        schedule: how long and how fast.
+        curriculum: in which order the bottlenecks narrow.
+        rank: of the LoRA matrices; alpha is twice that.
+        gradient_checkpointing: compute activations twice to save memory.
+        seed: of the LoRA matrices.
+    """
+
+    schedule: Schedule
+    curriculum: Curriculum = "mild-first"
+    rank: int = 16
+    gradient_checkpointing: bool = False
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.rank < 1:
+            raise TrainingError(f"rank = {self.rank} must be at least 1")
+
+
+def tune(made: Design, material: Material, tuning: Tuning, folder: Path, *, listener: Listener | None = None) -> Path:
+    """Tune a model to a recipe with ADSC and store the adapter.
+
+    Args:
+        made: the recipe, checked against its model.
+        material: what to learn from.
+        tuning: how.
+        folder: where checkpoint, log and adapter go.
+        listener: told how it goes.
+
+    Returns:
+        The adapter's directory, in PEFT's format.
+
+    Raises:
+        RecipeError: the recipe does not use ADSC alone.
+        TrainingError: see ``fit``.
+    """
+    stages = curriculum(made, tuning.curriculum)
+    torch.manual_seed(tuning.seed)
+    llava = load_llava(made)
+    config = LoraConfig(r=tuning.rank, lora_alpha=2 * tuning.rank, target_modules=_LINEAR_LAYERS)
+    tuned: Any = get_peft_model(llava, config)
+    model = CompressedLlava(tuned.base_model.model, stages[0])
+    if tuning.gradient_checkpointing:
+        llava.gradient_checkpointing_enable()
+        llava.enable_input_require_grads()
+    length = tuning.schedule.num_steps
+
+    def narrow(step: int) -> None:
+        model.thinnings = stages[stage_at(step / length, len(stages))]
+
+    fit(
+        material.objective_of(model),
+        material.examples,
+        tuning.schedule,
+        folder,
+        stage=f"adsc {made.recipe.name}",
+        settings={
+            "curriculum": tuning.curriculum,
+            "rank": tuning.rank,
+            "seed": tuning.seed,
+            "bottlenecks": {layer: list(thinning.index) for layer, thinning in stages[-1].items()},
+            "positions": [thinning.positions for thinning in stages[-1].values()],
+        },
+        collate=material.collate,
+        before_step=narrow,
+        listener=listener,
+    )
+    tuned.save_pretrained(folder / "adapter")
+    return folder / "adapter"
+
+
+def stage_at(done: float, num_stages: int) -> int:
+    """Return the stage of a curriculum after a share of the steps."""
+    if num_stages == 1 or done >= 1 - _LAST_SHARE:
+        return num_stages - 1
+    return int(done / (1 - _LAST_SHARE) * (num_stages - 1))
+
+
+def curriculum(made: Design, order: Curriculum) -> tuple[dict[int, Thinning], ...]:
+    """Return what stands before which layer in each step of a curriculum; the last is the recipe's.
+
+    Raises:
+        RecipeError: the recipe does not use ADSC alone.
+    """
+    if len(made.methods) != 1 or not isinstance(made.methods[0], Adsc):
+        names = [step.method for step in made.recipe.compress]
+        raise RecipeError(
+            f"recipe {made.recipe.name} has the methods {names}; tuning is for ADSC alone, e.g. recipe mini_adsc"
+        )
+    method = made.methods[0]
+    return tuple(_thinnings(made, eased(made, method, share)) for share in _SHARES[order])
+
+
+def eased(made: Design, method: Adsc, share: float) -> Adsc:
+    """Return the method with keeps between all tokens (0) and its own (1), or beyond, evenly in ratio."""
+    if share == 1:
+        return method
+    spec = made.model.spec
+    arriving = made.plans[0].entering_llm
+    targets = [made.plans[-1].per_layer[drop.layer] for drop in method.drops]
+    keeps: list[int] = []
+    before, grid = arriving, spec.vision_grid
+    for target in targets:
+        keep = max(2, min(before - 1, round(arriving * (target / arriving) ** share)))
+        if method.pattern == "grid":
+            keep, grid = _nearest_grid(spec.vision_grid, grid, keep)
+        keeps.append(keep)
+        before = keep
+    return replace(
+        method, drops=tuple(replace(drop, keep=keep) for drop, keep in zip(method.drops, keeps, strict=True))
+    )
+
+
+def load_llava(made: Design) -> LlavaForConditionalGeneration:
+    """Return the recipe's model, weights and all, its adapter left out.
+
+    Raises:
+        CheckpointError: the weights do not fit.
+    """
+    dtype = torch.bfloat16 if torch.cuda.is_available() else torch.float32
+    if made.model.table.weights == "checkpoint":
+        open_weights(replace(made.model, table=replace(made.model.table, adapter=None)))  # names what does not fit
+        llava: Any = LlavaForConditionalGeneration.from_pretrained(made.model.directory, dtype=dtype)
+        return llava
+    weights = open_weights(made.model)
+    llava = made.model.family.reference_model(made.model.config)
+    llava.load_state_dict({name: weights.load(name) for name in weights.shapes}, strict=False)
+    return llava.to(dtype)
+
+
+def _thinnings(made: Design, method: Adsc) -> dict[int, Thinning]:
+    spec = made.model.spec
+    arriving = arriving_plans((), spec)[-1]
+    return {
+        layer: Thinning(index=index, positions=method.positions)
+        for layer, index in method.indices(spec, arriving).items()
+    }
+
+
+def _nearest_grid(whole: tuple[int, int], arriving: tuple[int, int], keep: int) -> tuple[int, tuple[int, int]]:
+    """Return the count nearest to ``keep`` that makes rows and columns, and these."""
+    most = math.prod(arriving) - 1
+    for distance in range(most):
+        for count in (keep - distance, keep + distance):
+            grid = squarest_grid(whole, arriving, count) if 2 <= count <= most else None
+            # Thin strips are grids too, but no even downsampling.
+            if grid is not None and max(grid) <= 2 * min(grid):
+                return count, grid
+    raise RecipeError(f"no grid within {arriving[0]} x {arriving[1]} comes near {keep} tokens")

@@ -1,0 +1,127 @@
+"""LLaVA in the form it is trained in: whole conversations at once, with a recipe's bottlenecks in place.
+
+The sub-modules are those of ``transformers``; what happens between them is what the exported
+decoder does, without a cache.
+
+B conversations, T tokens of the longest, U tokens that stay, N vision tokens of an image, M kept ones,
+D width, E head width, A tokens that are answers, W vocabulary
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from transformers import LlavaForConditionalGeneration
+
+from tokexport.exporter.modules.bottleneck import StaticGather
+from tokexport.exporter.plan import PositionPolicy
+
+NO_LABEL = -100
+"""Stands in the labels where a token is not learned; the value that PyTorch's cross entropy leaves out."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Thinning:
+    """Which of the vision tokens that arrive before a layer stay, ascending, and their positions."""
+
+    index: tuple[int, ...]
+    positions: PositionPolicy = "keep"
+
+    @classmethod
+    def of(cls, bottleneck: StaticGather) -> "Thinning":
+        return cls(index=tuple(bottleneck.index_M.tolist()), positions=bottleneck.positions)
+
+
+class CompressedLlava(nn.Module):
+    """A LLaVA of ``transformers`` whose decoder layers see fewer and fewer vision tokens.
+
+    Args:
+        llava: the model; gradients reach whatever of it requires them.
+        thinnings: by decoder layer, what stands before it.
+    """
+
+    def __init__(self, llava: LlavaForConditionalGeneration, thinnings: Mapping[int, Thinning]) -> None:
+        super().__init__()
+        self.llava = llava
+        self.thinnings = dict(thinnings)
+
+    def forward(self, pixel_values: Tensor, input_ids: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """Read conversations and compare what follows each token with the labels.
+
+        Args:
+            pixel_values: the image of each conversation that has one, in their order.
+            input_ids: (B, T); an image's N tokens stand side by side, one image a conversation.
+            labels: (B, T), ``NO_LABEL`` where nothing is learned.
+
+        Returns:
+            The mean cross entropy of the labelled tokens, and whether each was the likeliest (A,), row by row.
+        """
+        hidden_BTD = self._embedded(pixel_values, input_ids)
+        # What a token is to say is the next token's label; so labels can go where their tokens go.
+        target_BT = functional.pad(labels[:, 1:], (0, 1), value=NO_LABEL)
+        hidden_BTD, target_BT = self._decoded(hidden_BTD, target_BT, input_ids == self._image_token)
+        hidden_AD, target_A = hidden_BTD[target_BT != NO_LABEL], target_BT[target_BT != NO_LABEL]
+        logits_AW = self.llava.lm_head(self._text_model.norm(hidden_AD)).float()
+        return functional.cross_entropy(logits_AW, target_A), logits_AW.argmax(-1) == target_A
+
+    @property
+    def _text_model(self) -> Any:
+        return self.llava.model.language_model
+
+    @property
+    def _image_token(self) -> int:
+        return self.llava.config.image_token_index
+
+    def _embedded(self, pixel_values: Tensor, input_ids: Tensor) -> Tensor:
+        embedded_BTD = self.llava.get_input_embeddings()(input_ids)
+        if not len(pixel_values):
+            return embedded_BTD
+        seen: Any = self.llava.model.get_image_features(pixel_values=pixel_values)
+        features_XD = torch.cat(tuple(seen.pooler_output)).to(embedded_BTD.dtype)
+        is_image_BT1 = (input_ids == self._image_token).unsqueeze(-1)
+        return embedded_BTD.masked_scatter(is_image_BT1, features_XD)
+
+    def _decoded(self, hidden_BTD: Tensor, target_BT: Tensor, is_image_BT: Tensor) -> tuple[Tensor, Tensor]:
+        text = self._text_model
+        position_BT = torch.arange(hidden_BTD.shape[1], device=hidden_BTD.device).expand(len(hidden_BTD), -1)
+        angles = text.rotary_emb(hidden_BTD, position_ids=position_BT)
+        for index, layer in enumerate(text.layers):
+            thinning = self.thinnings.get(index)
+            if thinning is not None:
+                stay_BU = kept_places(is_image_BT, thinning.index)
+                is_image_BT = is_image_BT.gather(1, stay_BU.clamp(min=0))
+                target_BT = target_BT.gather(1, stay_BU.clamp(min=0)).masked_fill(stay_BU < 0, NO_LABEL)
+                stay_BU = stay_BU.clamp(min=0)
+                hidden_BTD = hidden_BTD.gather(1, stay_BU.unsqueeze(-1).expand(-1, -1, hidden_BTD.shape[-1]))
+                position_BT = (
+                    position_BT.gather(1, stay_BU)
+                    if thinning.positions == "keep"
+                    else torch.arange(stay_BU.shape[1], device=stay_BU.device).expand_as(stay_BU)
+                )
+                angles = text.rotary_emb(hidden_BTD, position_ids=position_BT)
+            # Rows are padded on the right, where no token before can look, so the causal mask is mask enough,
+            # and without another one the attention is a fused one.
+            hidden_BTD = layer(hidden_BTD, attention_mask=None, position_embeddings=angles)
+        return hidden_BTD, target_BT
+
+
+def kept_places(is_image_BT: Tensor, index: Sequence[int]) -> Tensor:
+    """Return which tokens stay behind a bottleneck, ascending, as (B, U); -1 pads a row.
+
+    All text stays, and of the image, where there is one, the tokens of ``index``.
+    """
+    rows: list[Tensor] = []
+    index_M = torch.tensor(index, device=is_image_BT.device)
+    num_tokens = is_image_BT.shape[1]
+    places_T = torch.arange(num_tokens, device=is_image_BT.device)
+    for is_image_T in is_image_BT:
+        image_N = is_image_T.nonzero()[:, 0]
+        if not len(image_N):
+            rows.append(places_T)
+            continue
+        first, last = int(image_N[0]), int(image_N[-1])
+        rows.append(torch.cat((places_T[:first], first + index_M, places_T[last + 1 :])))
+    return nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=-1)

@@ -1,0 +1,294 @@
+"""Training of the bundled mini model, in the order in which LLaVA itself was trained.
+
+The vision tower first learns to see (what does each patch show?), then the language model to talk about
+what a frozen tower sees, then both together.
+
+B images, N vision tokens, C width of the tower
+"""
+
+import itertools
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from torch.utils.data import Dataset
+from transformers import LlavaConfig, LlavaForConditionalGeneration, LlavaProcessor
+
+import tokexport.recipes
+from tokexport.dialogues.scene import BACKGROUNDS, CATEGORIES, COLOURS, SIZES, TEXTURES
+from tokexport.training.compressed import CompressedLlava
+from tokexport.training.conversation import ConversationEncoder
+from tokexport.training.loop import Listener, Schedule, fit
+from tokexport.training.mini_data import CELLS, PATCHES, Conversations, CrowdedScenes
+
+WEIGHTS_FILE = "model.safetensors"
+TEXT_TOKENS = 384
+
+# What each patch is asked for, in how many classes, and how much it counts.
+_PATCH_TASKS = {
+    "category": (len(CATEGORIES) + 1, 1.0),
+    "colour": (len(COLOURS) + 1, 0.5),
+    "size": (len(SIZES) + 1, 0.25),
+    "centre": (2, 0.5),
+    "background": (len(BACKGROUNDS), 0.1),
+    "texture": (len(TEXTURES), 0.1),
+}
+# Most patches show no object; without a weight the tower learns for long to say so.
+_EMPTY_WEIGHT = 0.2
+_COVER_STATE, _COVER_WEIGHT = 2, 5.0
+# How the tower starts, see start_locally; offsets are rows and columns.
+_LONGEST_WAVE, _NUM_LOCAL_LAYERS, _SHARPNESS = 100.0, 3, 1.1
+_OFFSETS = ((0.0, 0.0), (1.6, 0.0), (-1.6, 0.0), (0.0, 1.6), (0.0, -1.6))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stage:
+    """One part of the training.
+
+    Attributes:
+        name: of its folder and in the log.
+        trained: beginnings of the names of the parameters that learn.
+        schedule: how long and how fast.
+    """
+
+    name: str
+    trained: tuple[str, ...]
+    schedule: Schedule
+
+
+TOWER, PROJECTOR = "model.vision_tower.", "model.multi_modal_projector."
+LANGUAGE = ("model.language_model.", "lm_head.")
+
+STAGES = (
+    Stage(
+        name="see",
+        trained=(TOWER,),
+        schedule=Schedule(num_steps=5200, batch_size=4, learning_rate=2e-3, optimizer="muon", log_every=50),
+    ),
+    Stage(
+        name="talk",
+        trained=(PROJECTOR, *LANGUAGE),
+        schedule=Schedule(num_steps=3000, batch_size=8, learning_rate=2e-3, optimizer="muon"),
+    ),
+    Stage(
+        name="join",
+        trained=(TOWER, PROJECTOR, *LANGUAGE),
+        schedule=Schedule(num_steps=1000, batch_size=8, learning_rate=5e-4, optimizer="muon"),
+    ),
+)
+
+
+class PixelNormalizer(nn.Module):
+    """What the image processor does to an image that already has the right size."""
+
+    mean_311: Tensor
+    std_311: Tensor
+
+    def __init__(self, processor: Any) -> None:
+        super().__init__()
+        image = processor.image_processor
+        self.register_buffer("mean_311", torch.tensor(image.image_mean).view(3, 1, 1), persistent=False)
+        self.register_buffer("std_311", torch.tensor(image.image_std).view(3, 1, 1), persistent=False)
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        """Return pixel values of bytes (B, 3, height, width)."""
+        return (pixels.float() / 255 - self.mean_311) / self.std_311
+
+
+class PatchReader(nn.Module):
+    """Reads from the features of every patch what the patch shows."""
+
+    def __init__(self, llava: LlavaForConditionalGeneration, normalizer: PixelNormalizer) -> None:
+        super().__init__()
+        self.llava, self.normalizer = llava, normalizer
+        vision: Any = llava.config.vision_config
+        width: int = vision.hidden_size
+        self.heads = nn.ModuleDict({name: nn.Linear(width, classes) for name, (classes, _) in _PATCH_TASKS.items()})
+        self.norm = nn.LayerNorm(width)
+        self.cover_norm, self.cover = nn.LayerNorm(width), nn.Linear(width, CELLS**2)
+
+    def forward(self, pixels: Tensor, **labels: Tensor) -> tuple[Tensor, Mapping[str, Tensor]]:
+        """Return the weighted cross entropy of all tasks, and which share of the objects' patches was right."""
+        states = self.llava.model.vision_tower(self.normalizer(pixels), output_hidden_states=True).hidden_states
+        features_BNC = self.norm(states[self.llava.config.vision_feature_layer][:, 1:])
+        is_object_BN = labels["category"] > 0
+        # Telling objects from background, whatever the colours, comes before telling them apart: asked for early in
+        # the tower, it is learned within minutes, and the rest soon after.
+        covered = self.cover(self.cover_norm(states[_COVER_STATE][:, 1:])).float()
+        loss = _COVER_WEIGHT * functional.binary_cross_entropy_with_logits(covered, labels["cover"])
+        figures: dict[str, Tensor] = {"cover": loss.detach()}
+        for name, head in self.heads.items():
+            classes, weight = _PATCH_TASKS[name]
+            logits, wanted = head(features_BNC).float().flatten(0, 1), labels[name].flatten()
+            weights = torch.ones(classes, device=logits.device)
+            if name not in ("background", "texture"):
+                weights[0] = _EMPTY_WEIGHT
+            loss = loss + weight * functional.cross_entropy(logits, wanted, weight=weights)
+            right = (logits.argmax(-1) == wanted).view_as(is_object_BN)
+            figures[name] = (right & is_object_BN).sum() / is_object_BN.sum().clamp(min=1)
+        return loss, figures
+
+
+class Talker(nn.Module):
+    """Answers the questions of conversations about images given as bytes."""
+
+    def __init__(self, model: CompressedLlava, normalizer: PixelNormalizer) -> None:
+        super().__init__()
+        self.model, self.normalizer = model, normalizer
+
+    def forward(self, pixels: Tensor, input_ids: Tensor, labels: Tensor) -> tuple[Tensor, Mapping[str, Tensor]]:
+        """Return the loss, and which share of the answers' tokens was the likeliest."""
+        loss, right_A = self.model(self.normalizer(pixels), input_ids, labels)
+        return loss, {"right": right_A.float().mean()}
+
+
+def train_mini(
+    folder: Path, *, stages: Sequence[Stage] = STAGES, seed: int = 0, listener: Listener | None = None
+) -> Path:
+    """Train the bundled mini model from nothing, going on where an earlier run in ``folder`` stopped.
+
+    Returns:
+        A checkpoint directory like the bundled one, with weights in float16.
+
+    Raises:
+        TrainingError: see ``fit``.
+    """
+    listener = listener or Listener()
+    source = bundled_mini()
+    torch.manual_seed(seed)
+    llava = LlavaForConditionalGeneration(LlavaConfig.from_pretrained(source))
+    # On a CPU the fused attention's backward pass is twice as slow as matrix products, which the language model
+    # takes into account as its attention is causal.
+    llava.set_attn_implementation({"vision_config": "sdpa" if torch.cuda.is_available() else "eager"})
+    start_locally(llava)
+    processor = LlavaProcessor.from_pretrained(source)
+    normalizer = PixelNormalizer(processor)
+    for number, stage in enumerate(stages):
+        objective, examples = _task(stage, llava, processor, normalizer, seed + number)
+        require_grad(llava, stage.trained)
+        fit(
+            objective,
+            examples,
+            stage.schedule,
+            folder / stage.name,
+            stage=stage.name,
+            settings={"seed": seed, "trained": stage.trained, "parameters": llava.num_parameters()},
+            compiled=compiled_parts(llava),
+            listener=listener,
+        )
+    return write_checkpoint(llava, folder / "checkpoint")
+
+
+def bundled_mini() -> Path:
+    """Return the folder of the bundled mini model."""
+    return Path(str(resources.files(tokexport.recipes))) / "models" / "mini"
+
+
+def require_grad(llava: nn.Module, trained: Sequence[str]) -> None:
+    """Let the parameters learn whose names begin so, and no others."""
+    for name, parameter in llava.named_parameters():
+        parameter.requires_grad_(name.startswith(tuple(trained)))
+
+
+def start_locally(llava: LlavaForConditionalGeneration) -> None:
+    """Start the tower such that the heads of its first layers look at the patches around a patch.
+
+    Position embeddings start as sines of row and column (arXiv 2205.01580), and queries and keys as those
+    waves, turned by a head's offset, so that attention starts as a convolution (arXiv 2103.10697). From random
+    weights a small tower needs many epochs only to find out which patches are neighbours.
+    """
+    tower: Any = llava.model.vision_tower
+    table_NC: Tensor = tower.embeddings.position_embedding.weight
+    num_waves = table_NC.shape[1] // 4
+    frequency_F = _LONGEST_WAVE ** -torch.linspace(0, 1, num_waves)
+    axes = torch.meshgrid(torch.arange(PATCHES), torch.arange(PATCHES), indexing="ij")
+    row_NF, column_NF = (axis.reshape(-1, 1) * frequency_F for axis in axes)
+    waves_NC = torch.cat((row_NF.sin(), row_NF.cos(), column_NF.sin(), column_NF.cos()), dim=1)
+    with torch.no_grad():
+        table_NC[1:] = waves_NC  # 0 is the class token
+        for layer in tower.encoder.layers[:_NUM_LOCAL_LAYERS]:
+            _look_around(layer.self_attn, frequency_F)
+
+
+def _look_around(attention: Any, frequency_F: Tensor) -> None:
+    """Let each head look at one offset: the patch itself, or the one below, above, right or left of it."""
+    head_dim, num_waves = attention.head_dim, len(frequency_F)
+    used = head_dim // 4
+    for head, offset in zip(range(attention.num_heads), itertools.cycle(_OFFSETS), strict=False):
+        rows = slice(head * head_dim, (head + 1) * head_dim)
+        for weight in (attention.q_proj.weight, attention.k_proj.weight):
+            weight[rows] = 0
+        for axis, shift in enumerate(offset):
+            sines, cosines = 2 * axis * num_waves, (2 * axis + 1) * num_waves
+            for wave in range(used):
+                first, second = (
+                    head * head_dim + 2 * (axis * used + wave),
+                    head * head_dim + 2 * (axis * used + wave) + 1,
+                )
+                angle = frequency_F[wave] * shift
+                sin, cos = _SHARPNESS * angle.sin(), _SHARPNESS * angle.cos()
+                attention.k_proj.weight[first, sines + wave] = _SHARPNESS
+                attention.k_proj.weight[second, cosines + wave] = _SHARPNESS
+                # sin(x + angle) and cos(x + angle)
+                attention.q_proj.weight[first, sines + wave], attention.q_proj.weight[first, cosines + wave] = cos, sin
+                attention.q_proj.weight[second, cosines + wave], attention.q_proj.weight[second, sines + wave] = (
+                    cos,
+                    -sin,
+                )
+
+
+def compiled_parts(llava: LlavaForConditionalGeneration) -> list[nn.Module]:
+    """Return the modules worth compiling: they run often, with tensors of one size."""
+    return [*llava.model.vision_tower.encoder.layers, *llava.model.language_model.layers]
+
+
+def write_checkpoint(llava: LlavaForConditionalGeneration, folder: Path) -> Path:
+    """Write weights in float16 beside configuration, tokenizer and processor of the bundled model."""
+    if folder.exists():
+        shutil.rmtree(folder)
+    shutil.copytree(bundled_mini(), folder, ignore=shutil.ignore_patterns(WEIGHTS_FILE))
+    configuration = (folder / "config.json").read_bytes()
+    replica = LlavaForConditionalGeneration(llava.config)
+    replica.load_state_dict(llava.state_dict())
+    replica.half().save_pretrained(folder)
+    # save_pretrained notes the precision of the weights; the model is what it was.
+    (folder / "config.json").write_bytes(configuration)
+    (folder / "generation_config.json").unlink(missing_ok=True)
+    return folder
+
+
+def _task(
+    stage: Stage, llava: LlavaForConditionalGeneration, processor: Any, normalizer: PixelNormalizer, seed: int
+) -> "tuple[nn.Module, Dataset[Any]]":
+    # More than a schedule on several GPUs takes; examples are made when they are asked for.
+    num = 64 * stage.schedule.num_steps * stage.schedule.batch_size
+    if stage.trained == (TOWER,):
+        return PatchReader(llava, normalizer), CrowdedScenes(seed, num)
+    config = llava.config
+    encoder = ConversationEncoder(processor, config.image_seq_length)
+    examples = Conversations(
+        encoder,
+        pad_id=processor.tokenizer.pad_token_id,
+        text_tokens=TEXT_TOKENS,
+        num_image_tokens=config.image_seq_length,
+        num=num,
+        seed=seed,
+    )
+    return Talker(CompressedLlava(llava, {}), normalizer), examples
+
+
+def shortened(stages: Sequence[Stage], scale: float) -> tuple[Stage, ...]:
+    """Return the stages with a share of their steps."""
+    return tuple(
+        replace(
+            stage,
+            schedule=replace(stage.schedule, num_steps=max(1, round(scale * stage.schedule.num_steps))),
+        )
+        for stage in stages
+    )

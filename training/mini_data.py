@@ -1,0 +1,116 @@
+"""Training examples for the bundled mini model, made as they are needed.
+
+P pixels of a side, S patches of a side, T tokens
+"""
+
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from tokexport.dialogues.generate import make_example
+from tokexport.dialogues.scene import PATCH, SIDE, Scene, cover, make_scene, patch_labels, render
+from tokexport.dialogues.schema import Split
+from tokexport.training.compressed import NO_LABEL
+from tokexport.training.conversation import ConversationEncoder
+
+PATCHES = SIDE // PATCH
+CELLS = 7
+
+
+class CrowdedScenes(Dataset[dict[str, Tensor]]):
+    """Pictures with many objects and what each patch shows, to teach a vision tower to see.
+
+    Args:
+        seed: of the scenes, which no dialogue shares.
+        num: of scenes.
+    """
+
+    def __init__(self, seed: int, num: int, split: Split = "train") -> None:
+        self._seed, self._num = seed, num
+        self._split: Split = split
+
+    def __len__(self) -> int:
+        return self._num
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        rng = np.random.default_rng([self._seed, 1000 + len(self._split), index])
+        scene = make_scene(rng, self._split, min_objects=8, max_objects=36, is_for_questions=False)
+        labels = patch_labels(scene)
+        return {
+            "pixels": _pixels(render(scene)),
+            "category": torch.from_numpy(labels.category.reshape(-1)),
+            "colour": torch.from_numpy(labels.colour.reshape(-1)),
+            "size": torch.from_numpy(labels.size.reshape(-1)),
+            "centre": centre_patches(scene),
+            "cover": covered_cells(scene),
+            "background": torch.full((PATCHES**2,), labels.background),
+            "texture": torch.full((PATCHES**2,), labels.texture),
+        }
+
+
+class Conversations(Dataset[dict[str, Tensor]]):
+    """Pictures with as many questions and answers as fit, in tensors of one size.
+
+    Args:
+        encoder: lays the turns out.
+        pad_id: the token behind a conversation.
+        text_tokens: room for text.
+        num_image_tokens: that an image takes up.
+        seed: of the generator.
+    """
+
+    def __init__(
+        self,
+        encoder: ConversationEncoder,
+        *,
+        pad_id: int,
+        text_tokens: int,
+        num_image_tokens: int,
+        num: int,
+        seed: int = 0,
+        split: Split = "train",
+    ) -> None:
+        self._encoder, self._pad_id = encoder, pad_id
+        self._text_tokens, self._length = text_tokens, text_tokens + num_image_tokens - 1
+        self._num, self._seed = num, seed
+        self._split: Split = split
+        # A turn takes at least so many tokens, so that enough are asked to fill the room.
+        self._num_turns = text_tokens // 14
+
+    def __len__(self) -> int:
+        return self._num
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        _, image, turns = make_example(self._seed, self._split, index, self._num_turns)
+        ids_T, labels_T, _ = self._encoder.encode(
+            [(turn.question, turn.answers[0]) for turn in turns], has_image=True, max_text_tokens=self._text_tokens
+        )
+        missing = self._length - len(ids_T)
+        return {
+            "pixels": _pixels(image),
+            "input_ids": torch.nn.functional.pad(ids_T, (0, missing), value=self._pad_id),
+            "labels": torch.nn.functional.pad(labels_T, (0, missing), value=NO_LABEL),
+        }
+
+
+def centre_patches(scene: Scene) -> Tensor:
+    """Return, row by row, 1 for a patch with the middle of an object in it and 0 for another, (S x S,)."""
+    centres = torch.zeros(PATCHES, PATCHES, dtype=torch.int64)
+    for item in scene.objects:
+        x, y = item.centre
+        centres[int(y) // PATCH, int(x) // PATCH] = 1
+    return centres.reshape(-1)
+
+
+def covered_cells(scene: Scene) -> Tensor:
+    """Return which share of each of a patch's 7 x 7 cells objects cover, (S x S, 49)."""
+    cells = cover(scene).reshape(PATCHES, CELLS, PATCH // CELLS, PATCHES, CELLS, PATCH // CELLS).mean(axis=(2, 5)) / 255
+    return torch.from_numpy(cells.transpose(0, 2, 1, 3).reshape(PATCHES**2, CELLS**2).astype(np.float32))
+
+
+def _pixels(image: Any) -> Tensor:
+    """Return an RGB image as bytes (3, P, P)."""
+    return torch.from_numpy(np.asarray(image, np.uint8).copy()).permute(2, 0, 1).contiguous()
