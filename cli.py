@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from tokexport.commands.compare import compare
 from tokexport.commands.options import answer_options, engine_options, output_options, recipe_from, recipe_options
 from tokexport.commands.train import train
 from tokexport.engines.terminal import Terminal
@@ -363,6 +364,7 @@ def doctor(as_json: bool, quiet: bool) -> None:
 
 
 cli.add_command(train)
+cli.add_command(compare)
 
 
 def main() -> None:

@@ -123,9 +123,7 @@ def bench(
     _require_measurable(engine, made, workload, controls)
     options = replace(options, max_text_tokens=text_tokens + new_tokens, max_images=1)
     with _arms(bundle, engine, made, controls, progress) as arms:
-        progress("opening the engines")
-        timings, footprints = _measure(arms, options, workload, repeats, progress, tick)
-    rows = tuple(_row(arm, timings[i], footprints[i], workload) for i, arm in enumerate(arms))
+        rows = measure_arms(arms, options, workload, repeats, progress, tick)
     speedup = _speedup(rows)
     return Bench(
         rows=rows,
@@ -167,14 +165,15 @@ def bench_artefact(
     return measured
 
 
-def _measure(
+def measure_arms(
     arms: Sequence[Arm],
     options: SessionOptions,
     workload: Workload,
     repeats: int,
     progress: Progress,
     tick: Callable[[int, int], None],
-) -> tuple[list[list[Timing]], list[Footprint]]:
+) -> tuple[dict[str, Any], ...]:
+    """Let artefacts take turns on a workload and return a row of the table for each."""
     with contextlib.ExitStack() as stack:
         engines: list[EngineProcess] = []
         for arm in arms:
@@ -190,7 +189,8 @@ def _measure(
                 tick(done, total)
                 if turn >= _WARMUP:
                     timings[index].append(timing)
-        return timings, [engine.footprint() for engine in engines]
+        footprints = [engine.footprint() for engine in engines]
+    return tuple(_row(arm, timings[i], footprints[i], workload) for i, arm in enumerate(arms))
 
 
 @contextlib.contextmanager
@@ -217,8 +217,11 @@ def _arms(
 
 
 def _control(method: str, made: Design) -> CompressTable:
-    """Return the method at the same mean of vision tokens per layer."""
-    return CompressTable(method=method, options={"keep": max(1, round(made.plan.mean_vision_tokens))})
+    """Return the method at the same mean of vision tokens per layer, or the nearest that it can keep."""
+    # As a fraction, because not every method takes every count.
+    return CompressTable(
+        method=method, options={"keep": made.plan.mean_vision_tokens / made.model.spec.num_vision_tokens}
+    )
 
 
 @contextlib.contextmanager

@@ -1,0 +1,76 @@
+"""``tokexport compare``: recipes on one table."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import click
+
+from tokexport.commands.options import engine_options, output_options
+from tokexport.engines.terminal import Terminal
+from tokexport.errors import InputError
+
+
+@click.command()
+@click.argument("recipes", nargs=-1, required=True)
+@click.option(
+    "--out", "-o", type=click.Path(path_type=Path), default=Path("out/compare"), show_default=True, help="Folder."
+)
+@click.option(
+    "--data", default="test", show_default=True, help="test, validation, train, or a JSON-lines file of dialogues."
+)
+@click.option("--dialogues", type=click.IntRange(min=1), help="How many; by default 2000 made ones, or all.")
+@click.option("--repeats", default=9, show_default=True, type=click.IntRange(min=1), help="Measured runs of each.")
+@engine_options
+@output_options
+def compare(
+    recipes: tuple[str, ...],
+    out: Path,
+    data: str,
+    dialogues: int | None,
+    repeats: int,
+    backend: str,
+    threads: int | None,
+    as_json: bool,
+    quiet: bool,
+) -> None:
+    """Build, evaluate and measure RECIPES: names, TOML files, or folders of them.
+
+    One of them must be without compression; the others are compared with it. What is there already
+    is used again, so an interrupted comparison goes on where it was stopped.
+    """
+    from tokexport.engines.accuracy import EvalOptions
+    from tokexport.engines.evaluation_data import open_dialogues
+    from tokexport.engines.recipe_comparison import TABLE, compare_recipes
+    from tokexport.recipes.load import load_recipe
+
+    terminal = Terminal(quiet=quiet)
+    loaded = [load_recipe(name) for name in _names(recipes)]
+    asked = open_dialogues(data, dialogues=dialogues)
+    with terminal.working():
+        found = compare_recipes(
+            loaded,
+            out,
+            asked,
+            EvalOptions(backend=backend, threads=threads),
+            repeats=repeats,
+            progress=terminal.step,
+            tick=terminal.tick,
+        )
+    terminal.show(found.markdown(), f"also in {out / TABLE}")
+    if as_json:
+        click.echo(json.dumps(found.report(), indent=2, default=str))
+
+
+def _names(given: tuple[str, ...]) -> list[str]:
+    """Return recipes, the files of folders among them in the order of their names."""
+    names: list[Any] = []
+    for name in given:
+        if Path(name).is_dir():
+            files = sorted(str(path) for path in Path(name).glob("*.toml"))
+            if not files:
+                raise InputError(f"the folder {name} holds no recipe (*.toml); give recipes, or a folder of them")
+            names += files
+        else:
+            names.append(name)
+    return names

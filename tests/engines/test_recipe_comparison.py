@@ -1,0 +1,85 @@
+"""Recipes on one table: what is built, reused, measured, and what a failing recipe does to the others."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import adsc, recipe_for
+from tokexport.engines.accuracy import EvalOptions
+from tokexport.engines.evaluation_data import open_dialogues
+from tokexport.engines.recipe_comparison import RecipeComparison, compare_recipes
+from tokexport.errors import InputError
+from tokexport.recipes.schema import Recipe
+
+OPTIONS = EvalOptions(max_new_tokens=2, threads=1)
+
+
+def recipes(checkpoint: Path) -> list[Recipe]:
+    return [
+        replace(recipe_for(checkpoint, adsc()), name="thin"),
+        replace(recipe_for(checkpoint), name="full"),
+        replace(recipe_for(checkpoint, {"method": "sample", "keep": 10**6}), name="impossible"),
+    ]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("compare")
+
+
+@pytest.fixture(scope="module")
+def found(checkpoint: Path, folder: Path) -> RecipeComparison:
+    return compare_recipes(recipes(checkpoint), folder, open_dialogues(dialogues=2), OPTIONS, repeats=1)
+
+
+def test_rows_stand_in_the_order_of_the_recipes(found: RecipeComparison):
+    assert [row["recipe"] for row in found.rows] == ["thin", "full"]
+
+
+def test_a_row_holds_accuracy_costs_and_times(found: RecipeComparison):
+    thin = found.rows[0]
+    assert thin["flops"]["reduction"] > 0
+    assert thin["ttft_ms"]["median"] > 0
+    assert len(thin["per_turn"]) == 3
+    assert thin["full"] is not None
+    assert found.rows[1]["full"] is None
+
+
+def test_a_recipe_that_fails_is_named_and_stops_no_other(found: RecipeComparison):
+    assert list(found.failures) == ["impossible"]
+    assert "impossible is missing: [[compress]] sample: keep = 1000000" in found.markdown()
+
+
+def test_the_table_and_the_figures_are_written(found: RecipeComparison, folder: Path):
+    assert (folder / "compare.md").read_text() == found.markdown()
+    assert (folder / "compare.json").is_file()
+
+
+@pytest.mark.usefixtures("found")
+def test_what_is_there_is_used_again(checkpoint: Path, folder: Path):
+    said: list[str] = []
+    compare_recipes(
+        recipes(checkpoint)[:2], folder, open_dialogues(dialogues=2), OPTIONS, repeats=1, progress=said.append
+    )
+    assert not [text for text in said if "tracing" in text or "evaluating" in text]
+
+
+@pytest.mark.usefixtures("found")
+def test_another_recipe_of_the_same_name_is_built_anew(checkpoint: Path, folder: Path):
+    changed = replace(recipe_for(checkpoint, adsc(phase=0.5)), name="thin")
+    said: list[str] = []
+    both = [changed, recipes(checkpoint)[1]]
+    compare_recipes(both, folder, open_dialogues(dialogues=2), OPTIONS, repeats=1, progress=said.append)
+    assert any(text.startswith("thin: tracing") for text in said)
+
+
+@pytest.mark.parametrize(
+    ("names", "problem"),
+    [(["thin"], "0 of the recipes thin are without"), (["thin", "thin", "full"], "two recipes are called thin")],
+    ids=["no full one", "one name twice"],
+)
+def test_recipes_that_cannot_be_compared_are_refused(checkpoint: Path, tmp_path: Path, names: list[str], problem: str):
+    given = [next(recipe for recipe in recipes(checkpoint) if recipe.name == name) for name in names]
+    with pytest.raises(InputError, match=problem):
+        compare_recipes(given, tmp_path, open_dialogues(dialogues=1), OPTIONS)
