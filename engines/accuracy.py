@@ -39,7 +39,8 @@ class EvalOptions:
         max_new_tokens: the longest answer.
         max_text_tokens: room for the text of a dialogue, None for what the data needs.
         threads: CPU threads, None for as many as there are cores.
-        model: the checkpoint, for engines that run from it.
+        model: the checkpoint, for engines that run from it and if it has moved.
+        adapter: its adapter, likewise.
     """
 
     backend: str = DEFAULT_BACKEND
@@ -48,6 +49,7 @@ class EvalOptions:
     max_text_tokens: int | None = None
     threads: int | None = None
     model: str | None = None
+    adapter: str | None = None
 
     def __post_init__(self) -> None:
         if self.metric not in METRICS:
@@ -133,7 +135,10 @@ def evaluate_artefact(
     if full_bundle is not None:
         full_scores = stored_scores(full_bundle, found, options)
         if full_scores is None:
-            full_found = _run(full_bundle, asked, options, lambda _: None, progress, tick)
+            # An adapter tunes a model to its compression; the uncompressed artefact is usually without one.
+            is_adapted = full_bundle.recipe.model.adapter is not None
+            full_options = options if is_adapted else replace(options, adapter=None)
+            full_found = _run(full_bundle, asked, full_options, lambda _: None, progress, tick)
             full_scores = full_found.scores_Q
             if store:
                 _store(Accuracy(bundle=full_bundle, asked=asked, options=options, evaluation=full_found))
@@ -154,6 +159,7 @@ def _run(
         max_images=1,
         threads=options.threads,
         model=options.model,
+        adapter=options.adapter,
     )
     vlm = Vlm(bundle, options.backend, session)
     progress(f"evaluating {name} on {asked.size} dialogues")
@@ -187,9 +193,10 @@ def _uncompressed(path: Path, options: EvalOptions) -> Bundle:
         )
     bundle = Bundle.open(path)
     plan = bundle.plan
-    if plan != TokenPlan.uncompressed(bundle.spec):
+    full = TokenPlan.uncompressed(bundle.spec)
+    if plan != full:
         raise InputError(
-            f"{path} is compressed itself ({keep_text(plan.emitted, plan.mean_vision_tokens)}), so nothing is "
+            f"{path} is compressed itself ({keep_text(full.emitted, plan.mean_vision_tokens)}), so nothing is "
             "relative to the full model; give the artefact of a recipe without [[compress]]"
         )
     return bundle

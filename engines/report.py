@@ -18,6 +18,7 @@ from tokexport.engines import accuracy_text
 from tokexport.engines.report_plots import GainBar, LayerRun, TimeBar, draw_gains, draw_times, draw_tokens
 from tokexport.errors import BundleError
 from tokexport.exporter.bundle import Bundle
+from tokexport.exporter.plan import full_vision_tokens
 
 _DASH = "\N{EN DASH}"
 
@@ -146,7 +147,7 @@ def _environment(**settings: Any) -> Environment:
 def _contents(documents: ReportDocuments) -> dict[str, Any]:
     """Return what the templates lay out, by the names that they use."""
     plan, verify, bench, accuracy = documents.plan, documents.verify, documents.bench, documents.accuracy
-    emitted, per_layer = plan["vision_tokens"]["emitted"], plan["vision_tokens"]["per_layer"]
+    full, per_layer = full_vision_tokens(plan), plan["vision_tokens"]["per_layer"]
     mean = sum(per_layer) / len(per_layer)
     arms = _arms(bench) if bench else ()
     gates = [{"meaning": "", "bound": _bound(gate)} | gate for gate in bench.get("gates", ())] if bench else []
@@ -154,8 +155,8 @@ def _contents(documents: ReportDocuments) -> dict[str, Any]:
         "name": documents.name,
         "checkpoint": str(plan.get("checkpoint", _DASH)),
         "dtype": str(plan.get("dtype", _DASH)),
-        "kept": f"{emitted} -> {_count(mean)} tokens per layer ({100 * mean / emitted:.3g} %)",
-        "kept_share": mean / emitted,
+        "kept": f"{full} -> {_count(mean)} tokens per layer ({100 * mean / full:.3g} %)",
+        "kept_share": mean / full,
         "headlines": [
             *_planned_headlines(plan),
             _speed_headline(plan, bench, arms),
@@ -343,7 +344,7 @@ def _surroundings(documents: ReportDocuments) -> dict[str, list[tuple[str, str]]
 
 def _plots(plan: Mapping[str, Any], runs: Sequence[LayerRun], arms: Sequence[Arm]) -> list[Plot]:
     """Return the plots of the page: the first is of the plan, the others are of the bench."""
-    plots = [_tokens_plot(runs, plan["vision_tokens"]["emitted"])]
+    plots = [_tokens_plot(runs, full_vision_tokens(plan))]
     if arms:
         plots.append(_time_plot(arms))
     if any(arm.prefill_gain for arm in arms):
@@ -351,15 +352,15 @@ def _plots(plan: Mapping[str, Any], runs: Sequence[LayerRun], arms: Sequence[Arm
     return plots
 
 
-def _tokens_plot(runs: Sequence[LayerRun], emitted: int) -> Plot:
+def _tokens_plot(runs: Sequence[LayerRun], full: int) -> Plot:
     title = "Vision tokens entering each decoder layer"
     alt = "; ".join(f"layers {run.layers}: {run.tokens}" for run in runs)
     num_layers = runs[-1].last + 1
     mean = sum(run.tokens * (run.last + 1 - run.first) for run in runs) / num_layers
     return Plot(
         title=title,
-        caption=f"On average {_count(mean)} of {emitted} tokens in each of {num_layers} layers.",
-        svg=draw_tokens(title, f"{title}, of {emitted} without compression. {alt}.", runs, emitted),
+        caption=f"On average {_count(mean)} of {full} tokens in each of {num_layers} layers.",
+        svg=draw_tokens(title, f"{title}, of {full} without compression. {alt}.", runs, full),
     )
 
 

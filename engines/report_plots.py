@@ -53,20 +53,20 @@ class GainBar:
     is_control: bool
 
 
-def draw_tokens(title: str, alt: str, runs: Sequence[LayerRun], emitted: int) -> Markup:
+def draw_tokens(title: str, alt: str, runs: Sequence[LayerRun], full: int) -> Markup:
     """Draw the vision tokens that enter each decoder layer, before those that were removed."""
     num_layers = runs[-1].last + 1
 
     def paint(axes: "Axes") -> None:
         kept = [run.tokens for run in runs for _ in range(run.first, run.last + 1)]
-        gone = [emitted] * num_layers
-        axes.bar(range(num_layers), gone, width=0.82, color=_COLOURS["gone"], label=f"all tokens ({emitted})")
+        gone = [full] * num_layers
+        axes.bar(range(num_layers), gone, width=0.82, color=_COLOURS["gone"], label=f"all tokens ({full})")
         axes.bar(range(num_layers), kept, width=0.82, color=_COLOURS["kept"], label="kept")
         for run in runs if len(runs) <= _MAX_LABELLED_RUNS else ():
-            middle, above = (run.first + run.last) / 2, run.tokens + 0.02 * emitted
+            middle, above = (run.first + run.last) / 2, run.tokens + 0.02 * full
             axes.text(middle, above, str(run.tokens), ha="center", weight="bold")
         axes.set_xlim(-0.6, num_layers - 0.4)
-        axes.set_ylim(0, 1.15 * emitted)
+        axes.set_ylim(0, 1.15 * full)
         axes.set_xlabel("decoder layer, counted from 0")
         axes.locator_params(axis="x", integer=True)
         axes.grid(axis="y")

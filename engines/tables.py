@@ -14,7 +14,7 @@ from rich.text import Text
 from tokexport.engines.accuracy_text import figure_rows, remarks
 from tokexport.exporter.bundle import Bundle
 from tokexport.exporter.graph_io import GRAPHS, GraphName, TensorIO
-from tokexport.exporter.plan import TokenPlan, keep_text
+from tokexport.exporter.plan import TokenPlan, full_vision_tokens, keep_text
 from tokexport.recipes.tables import table_of
 
 
@@ -29,13 +29,14 @@ def new_table(*columns: str | Column, title: str = "", show_header: bool = True)
 def plan_tables(report: Mapping[str, Any], plan: TokenPlan) -> list[Table]:
     """Return tokens by stretch of layers, and costs before and after."""
     tokens = new_table("layers", "vision tokens", title=f"{report['recipe']}: vision tokens of one image")
-    if plan.entering_llm != plan.emitted:
-        tokens.add_row("before layer 0", keep_text(plan.emitted, plan.entering_llm))
+    full = full_vision_tokens(report)
+    if plan.entering_llm != full:
+        tokens.add_row("before layer 0", keep_text(full, plan.entering_llm))
     for group in plan.groups:
         if group.num_layers:
             last = group.first_layer + group.num_layers - 1
-            tokens.add_row(f"{group.first_layer} to {last}", keep_text(plan.emitted, group.vision_tokens))
-    tokens.add_row("mean", keep_text(plan.emitted, plan.mean_vision_tokens))
+            tokens.add_row(f"{group.first_layer} to {last}", keep_text(full, group.vision_tokens))
+    tokens.add_row("mean", keep_text(full, plan.mean_vision_tokens))
     text = report["prompt_tokens"]["text"]
     costs = new_table(
         "",
@@ -157,7 +158,8 @@ def bundle_tables(bundle: Bundle, description: Mapping[str, Any]) -> list[Table]
     )
     what.add_row("fingerprint", model.fingerprint)
     what.add_row("methods", ", ".join(step.method for step in recipe.compress) or "none")
-    what.add_row("vision tokens", keep_text(bundle.plan.emitted, bundle.plan.mean_vision_tokens) + " per layer")
+    kept = keep_text(bundle.spec.num_vision_tokens, bundle.plan.mean_vision_tokens)
+    what.add_row("vision tokens", f"{kept} per layer")
     what.add_row("precision", recipe.export.dtype)
     what.add_row("made with", ", ".join(f"{name} {number}" for name, number in bundle.manifest.versions.items()))
     graphs = new_table("graph", "tensor", "dtype", "shape", title="inputs and outputs")

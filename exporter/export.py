@@ -62,6 +62,10 @@ class Design:
     def modules(self) -> dict[GraphName, nn.Module]:
         """Return the module of each graph, on the device that is the default."""
         family, config = self.model.family, self.model.config
+        grid = self.model.spec.vision_grid
+        for method, arriving in self._steps():
+            grid = method.tower_grid(self.model.spec, arriving) or grid
+        assert math.prod(grid) == self.plan.emitted, (grid, self.plan)
         stages = [
             stage
             for method, arriving in self._steps()
@@ -75,7 +79,7 @@ class Design:
                 raise RecipeError(f"two methods have a bottleneck before layer {taken[0]}; move one of them")
             bottlenecks |= added
         return {
-            "vision_encoder": family.vision_encoder(config, stages),
+            "vision_encoder": family.vision_encoder(config, grid, stages),
             "embed_tokens": family.token_embedding(config),
             "decoder_model_merged": family.decoder(config, bottlenecks),
         }

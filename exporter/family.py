@@ -76,8 +76,15 @@ class Family(ABC):
         """Return the name of a stored tensor as ``transformers`` names it today, None for one without use."""
 
     @abstractmethod
-    def vision_encoder(self, config: PreTrainedConfig, stages: Sequence[nn.Module]) -> nn.Module:
-        """Return the module from pixels to image features, ``stages`` behind the projector."""
+    def vision_encoder(self, config: PreTrainedConfig, grid: tuple[int, int], stages: Sequence[nn.Module]) -> nn.Module:
+        """Return the module from pixels to image features.
+
+        Args:
+            config: of the model.
+            grid: rows and columns of patches that the tower sees; pixels arrive in the size of the model and are
+                shrunk to it.
+            stages: what stands behind the projector.
+        """
 
     @abstractmethod
     def decoder(self, config: PreTrainedConfig, bottlenecks: Mapping[int, Bottleneck]) -> Decoder:

@@ -35,6 +35,10 @@ class Method(ABC):
             RecipeError: an option does not fit the model or what arrives.
         """
 
+    def tower_grid(self, spec: VlmSpec, arriving: TokenPlan) -> tuple[int, int] | None:
+        """Return rows and columns of patches that the vision tower sees of a smaller image, None to leave it."""
+        return None
+
     def feature_stage(self, spec: VlmSpec, arriving: TokenPlan) -> "nn.Module | None":
         """Return what thins the image features (B, N, D) to (B, M, D) before the language model."""
         return None

@@ -4,7 +4,7 @@
 speed-up are read from it, and none of them knows which method made it.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import groupby, pairwise
 from typing import Any, Literal
@@ -83,6 +83,15 @@ class TokenPlan:
     def uncompressed(cls, spec: VlmSpec) -> "TokenPlan":
         count = spec.num_vision_tokens
         return cls(emitted=count, entering_llm=count, per_layer=(count,) * spec.num_layers, grid=spec.vision_grid)
+
+    def resized(self, grid: tuple[int, int]) -> "TokenPlan":
+        """Return the plan of a smaller image, of which the tower emits ``grid``, rows and columns.
+
+        Tokens dropped behind the tower would be others of another image, so none may be dropped yet.
+        """
+        assert {self.entering_llm, *self.per_layer} == {self.emitted}, self
+        count = grid[0] * grid[1]
+        return replace(self, emitted=count, entering_llm=count, per_layer=(count,) * len(self.per_layer), grid=grid)
 
     def thinned_before_llm(self, keep: int, grid: tuple[int, int] | None = None) -> "TokenPlan":
         """Return the plan with ``keep`` tokens entering the model.
@@ -199,6 +208,11 @@ def grid_index(grid: tuple[int, int], kept: tuple[int, int], phase: float) -> tu
     rows = stride_index(grid[0], kept[0], phase)
     columns = stride_index(grid[1], kept[1], phase)
     return tuple(row * grid[1] + column for row in rows for column in columns)
+
+
+def full_vision_tokens(report: Mapping[str, Any]) -> int:
+    """Return the vision tokens of one uncompressed image, given what ``plan_report`` returned."""
+    return report["prompt_tokens"]["full"] - report["prompt_tokens"]["text"]
 
 
 def plan_report(spec: VlmSpec, plan: TokenPlan, *, text_tokens: int, dtype: str) -> dict[str, Any]:

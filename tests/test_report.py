@@ -117,6 +117,13 @@ def test_a_fractional_mean_keeps_one_digit():
     assert "576 -> 287.8 tokens per layer (50 %)" in render_markdown(documents(plan=plan))
 
 
+def test_a_smaller_image_is_compared_with_the_whole_one():
+    plan = copy.deepcopy(PLAN)
+    plan["vision_tokens"] = {"emitted": 144, "entering_llm": 144, "per_layer": [144] * 4}
+    plan["prompt_tokens"]["compressed"] = 180
+    assert "576 -> 144 tokens per layer (25 %)" in render_markdown(documents(plan=plan))
+
+
 def test_layers_with_the_same_number_of_tokens_share_a_line():
     assert "| 0-1 | 576 |\n| 2-3 | 144 |" in render_markdown(documents())
 

@@ -136,9 +136,9 @@ class Llava15(Family):
             name = pattern.sub(replacement, name)
         return name
 
-    def vision_encoder(self, config: PreTrainedConfig, stages: Sequence[nn.Module]) -> nn.Module:
+    def vision_encoder(self, config: PreTrainedConfig, grid: tuple[int, int], stages: Sequence[nn.Module]) -> nn.Module:
         assert isinstance(config, LlavaConfig)
-        return ClipVisionEncoder(config, stages)
+        return ClipVisionEncoder(config, grid, stages)
 
     def decoder(self, config: PreTrainedConfig, bottlenecks: Mapping[int, Bottleneck]) -> Decoder:
         assert isinstance(config, LlavaConfig)

@@ -27,6 +27,7 @@ from tokexport.exporter.method import (
 )
 from tokexport.exporter.methods.adsc import Adsc, Drop
 from tokexport.exporter.methods.random import Random
+from tokexport.exporter.methods.resize import Resize
 from tokexport.exporter.methods.sample import Sample
 from tokexport.exporter.modules.bottleneck import FeatureGather
 from tokexport.exporter.plan import TokenPlan, VlmSpec
@@ -59,13 +60,20 @@ EXAMPLES: dict[str, Sequence[Steps]] = {
         [{"method": "adsc", "drops": [{"layer": 0, "keep": 6}]}],
     ],
     "random": [[{"method": "random", "keep": 5}]],
+    "resize": [
+        [{"method": "resize", "keep": 9}],
+        [
+            {"method": "resize", "keep": 9},
+            {"method": "adsc", "drops": [{"layer": 1, "keep": 6}, {"layer": 3, "keep": 4}], "pattern": "grid"},
+        ],
+    ],
     "sample": [
         [{"method": "sample", "keep": 8}, {"method": "adsc", "drops": [{"layer": 2, "keep": 5}]}],
     ],
 }
 CASES = [steps for example in EXAMPLES.values() for steps in example]
 # Forms that other forms leave no doubt about are planned, but not traced once more.
-TRACED = [[adsc()], EXAMPLES["adsc"][3], *EXAMPLES["random"], *EXAMPLES["sample"]]
+TRACED = [[adsc()], EXAMPLES["adsc"][3], *EXAMPLES["random"], *EXAMPLES["resize"], *EXAMPLES["sample"]]
 
 
 def drops(*pairs: tuple[int, float], **options: object) -> Adsc:
@@ -191,6 +199,53 @@ def test_a_feature_gather_takes_the_rows_of_its_index():
     assert FeatureGather((1, 3))(features).tolist() == [[[2, 3], [6, 7]]]
 
 
+# --- resize by hand
+
+
+@pytest.mark.parametrize(("keep", "side"), [(4, 2), (9, 3), (0.25, 2), (0.5, 3), (0.4, 2), (0.45, 3)])
+def test_resize_takes_a_square_or_the_nearest_to_a_fraction(keep: float, side: int):
+    # 0.4 of 16 tokens are 6, two from 4 and three from 9; 0.45 are 7.
+    assert Resize(keep=keep).tower_grid(SPEC, FULL) == (side, side)
+
+
+def test_of_a_smaller_image_the_tower_emits_fewer_tokens():
+    assert Resize(keep=9).plan(SPEC, FULL) == TokenPlan(emitted=9, entering_llm=9, per_layer=(9, 9, 9, 9), grid=(3, 3))
+
+
+def test_a_smaller_image_is_still_a_grid_for_adsc():
+    arriving = Resize(keep=9).plan(SPEC, FULL)
+    # 6 of 3 x 3 are 2 rows of 3; of these the first, second and third column is every one.
+    assert drops((1, 6), pattern="grid").indices(SPEC, arriving) == {1: (0, 1, 2, 3, 4, 5)}
+
+
+@pytest.mark.parametrize("method", [drops((1, 8)), Sample(keep=4), Random(keep=4)], ids=["adsc", "sample", "random"])
+def test_only_resize_changes_what_the_tower_sees(method: Method):
+    assert method.tower_grid(SPEC, FULL) is None
+
+
+@pytest.mark.parametrize(
+    ("keep", "nearest"),
+    [(6, "4 or 9"), (12, "9"), (16, "9"), (25, "9"), (3, "4"), (1, "4"), (0, "4"), (-4, "4"), (0.9, "9"), (0.12, "4")],
+)
+def test_a_number_that_no_smaller_image_gives_is_refused_with_the_nearest(keep: float, nearest: str):
+    with pytest.raises(RecipeError, match=rf"from 2 x 2 to 3 x 3; choose {nearest}$"):
+        Resize(keep=keep).plan(SPEC, FULL)
+
+
+@pytest.mark.parametrize(
+    ("grid", "text"),
+    [
+        ((2, 8), "[[compress]] resize: the vision tower has 2 x 8 patches, expected a square; choose another method"),
+        ((2, 2), "[[compress]] resize: no smaller square of at least 2 x 2 fits into the 2 x 2 patches of the vision"),
+    ],
+)
+def test_a_tower_whose_grid_has_no_smaller_square_is_refused(grid: tuple[int, int], text: str):
+    spec = replace(SPEC, vision_grid=grid)
+    with pytest.raises(RecipeError) as caught:
+        plan_tokens([Resize(keep=4)], spec)
+    assert str(caught.value).startswith(text)
+
+
 # --- a model cut short
 
 
@@ -204,7 +259,7 @@ def test_adsc_does_not_fit_into_fewer_layers_than_it_has_bottlenecks():
         drops((8, 8), (16, 4), (24, 2)).for_num_layers(32, 2)
 
 
-@pytest.mark.parametrize("method", [Sample(keep=4), Random(keep=4)], ids=["sample", "random"])
+@pytest.mark.parametrize("method", [Sample(keep=4), Random(keep=4), Resize(keep=4)], ids=["sample", "random", "resize"])
 def test_what_happens_before_the_model_does_not_depend_on_its_depth(method: Method):
     assert method.for_num_layers(32, 2) == method
 
@@ -276,6 +331,19 @@ def test_what_happens_before_the_model_does_not_depend_on_its_depth(method: Meth
         ),
         ([{"method": "random", "keep": 16}], "[[compress]] random: keep = 16 keeps all 16 vision tokens"),
         ([{"method": "random", "keep": 4, "sede": 1}], "[[compress]] random has no key 'sede'; did you mean 'seed'?"),
+        ([{"method": "resize"}], "[[compress]] resize needs the key 'keep'"),
+        (
+            [{"method": "resize", "keep": 6}],
+            "[[compress]] resize: keep = 6 asks for 6 tokens, but a smaller image has a square of them, from 2 x 2 to "
+            "3 x 3; choose 4 or 9",
+        ),
+        ([{"method": "resize", "keep": 0.9}], "[[compress]] resize: keep = 0.9 asks for 14 tokens, but a smaller"),
+        ([{"method": "resize", "keep": 1.0}], "[[compress]] resize: keep = 1.0 must lie between 0 and 1 as a fraction"),
+        (
+            [{"method": "sample", "keep": 8}, {"method": "resize", "keep": 4}],
+            "[[compress]] resize makes the image smaller, before any method can drop a token of it; put it first",
+        ),
+        ([adsc(), {"method": "resize", "keep": 9}], "[[compress]] resize makes the image smaller, before any method"),
         ([{"method": "sampel", "keep": 4}], "there is no method 'sampel'; did you mean 'sample'?"),
         (
             [{"method": "sample", "keep": 8}, {"method": "sample", "keep": 4}],
@@ -308,7 +376,7 @@ def test_every_method_says_in_a_line_what_it_does(name: str):
 def test_no_method_makes_a_plan_grow(steps: Steps, family: str):
     plans = arriving_plans(load(steps), replace(SPEC, family=family))
     for before, after in pairwise(plans):
-        assert after.emitted == before.emitted
+        assert after.emitted <= before.emitted
         assert after.entering_llm <= before.entering_llm
         assert all(new <= old for new, old in zip(after.per_layer, before.per_layer, strict=True))
         assert sum(after.per_layer) < sum(before.per_layer)

@@ -12,6 +12,7 @@ from tokexport.exporter.plan import (
     LayerGroup,
     TokenPlan,
     VlmSpec,
+    full_vision_tokens,
     grid_index,
     keep_text,
     kv_cache_bytes,
@@ -89,6 +90,21 @@ def test_tokens_left_out_before_the_model_are_not_in_its_prompt():
     plan = FULL.thinned_before_llm(2)
     assert plan == TokenPlan(emitted=4, entering_llm=2, per_layer=(2, 2), grid=None)
     assert plan_report(SMALL, plan, text_tokens=1, dtype="float32")["prompt_tokens"]["compressed"] == 3
+
+
+def test_of_a_smaller_image_fewer_tokens_are_emitted():
+    plan = TokenPlan.uncompressed(replace(SMALL, vision_grid=(4, 4))).resized((3, 2))
+    assert plan == TokenPlan(emitted=6, entering_llm=6, per_layer=(6, 6), grid=(3, 2))
+
+
+def test_an_image_whose_tokens_were_dropped_cannot_get_smaller():
+    with pytest.raises(AssertionError):
+        FULL.thinned_before_layer(1, 2).resized((1, 2))
+
+
+@pytest.mark.parametrize("plan", [FULL, FULL.resized((1, 2)), FULL.thinned_before_llm(2)], ids=str)
+def test_a_report_knows_the_tokens_of_an_uncompressed_image(plan: TokenPlan):
+    assert full_vision_tokens(plan_report(SMALL, plan, text_tokens=3, dtype="float32")) == 4
 
 
 @pytest.mark.parametrize(
