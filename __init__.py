@@ -50,7 +50,7 @@ def build(
         model: a checkpoint directory or hub id instead of the recipe's.
         weights: ``checkpoint`` or ``random``.
         num_layers: cut a random model to so many decoder layers.
-        adapter: a LoRA adapter directory to merge.
+        adapter: a LoRA adapter to merge: a directory, or the name of one that ships.
         dtype: ``float32``, ``float16`` or ``bfloat16``.
         settings: ``key=value`` changes to the recipe.
         backend: the engine to verify and measure.
@@ -92,6 +92,7 @@ def load(
     max_text_tokens: int | None = None,
     max_images: int | None = None,
     model: str | None = None,
+    adapter: str | None = None,
 ) -> "Vlm":
     """Open an artefact to ask it questions; see ``engines.model.load`` for the arguments."""
     from tokexport.engines.model import load as load_artefact
@@ -103,6 +104,7 @@ def load(
         max_text_tokens=max_text_tokens,
         max_images=max_images,
         model=model,
+        adapter=adapter,
     )
 
 
@@ -123,12 +125,17 @@ def plan(
 
 
 def verify(
-    path: str | Path, *, backend: str = "ort", threads: int | None = None, model: str | None = None
+    path: str | Path,
+    *,
+    backend: str = "ort",
+    threads: int | None = None,
+    model: str | None = None,
+    adapter: str | None = None,
 ) -> "Verification":
     """Climb the parity ladder of an artefact; ``passed`` of the result is the verdict."""
     from tokexport.engines.build import verify_artefact
 
-    return verify_artefact(Path(path), backend=backend, threads=threads, model=model)
+    return verify_artefact(Path(path), backend=backend, threads=threads, model=model, adapter=adapter)
 
 
 def bench(
@@ -137,6 +144,7 @@ def bench(
     backend: str = "ort",
     threads: int | None = None,
     model: str | None = None,
+    adapter: str | None = None,
     text_tokens: int | None = None,
     new_tokens: int = 16,
     repeats: int = 7,
@@ -150,6 +158,7 @@ def bench(
         backend=backend,
         threads=threads,
         model=model,
+        adapter=adapter,
         text_tokens=text_tokens,
         new_tokens=new_tokens,
         repeats=repeats,
@@ -173,6 +182,7 @@ def evaluate(
     max_text_tokens: int | None = None,
     threads: int | None = None,
     model: str | None = None,
+    adapter: str | None = None,
 ) -> "Accuracy":
     """Measure the accuracy of an artefact on dialogues; ``report()`` of the result is the JSON.
 
@@ -189,6 +199,7 @@ def evaluate(
         max_text_tokens=max_text_tokens,
         threads=threads,
         model=model,
+        adapter=adapter,
     )
     return evaluate_artefact(
         Path(path),

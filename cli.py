@@ -15,7 +15,14 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from tokexport.commands.compare import compare
-from tokexport.commands.options import answer_options, engine_options, output_options, recipe_from, recipe_options
+from tokexport.commands.options import (
+    answer_options,
+    engine_options,
+    output_options,
+    recipe_from,
+    recipe_options,
+    source_options,
+)
 from tokexport.commands.train import train
 from tokexport.engines.terminal import Terminal
 from tokexport.errors import GateError, InputError, ParityError, TokexportError
@@ -142,9 +149,9 @@ def plan(text_tokens: int | None, solve: str | None, as_json: bool, quiet: bool,
 @cli.command()
 @click.argument("artefact", type=click.Path(path_type=Path))
 @engine_options
-@click.option("--model", help="The checkpoint, if it has moved since the build.")
+@source_options
 @output_options
-def verify(artefact: Path, backend: str, threads: int | None, model: str | None, as_json: bool, quiet: bool) -> None:
+def verify(artefact: Path, as_json: bool, quiet: bool, **options: Any) -> None:
     """Prove that an artefact computes what its checkpoint does. Exit code 3 if not."""
     from tokexport.engines.build import verify_artefact
     from tokexport.engines.parity import failure_text
@@ -152,7 +159,7 @@ def verify(artefact: Path, backend: str, threads: int | None, model: str | None,
 
     terminal = Terminal(quiet=quiet)
     with terminal.working():
-        verification = verify_artefact(artefact, backend=backend, threads=threads, model=model, progress=terminal.step)
+        verification = verify_artefact(artefact, progress=terminal.step, **options)
     report = verification.report()
     terminal.show(verify_table(report))
     if as_json:
@@ -164,7 +171,7 @@ def verify(artefact: Path, backend: str, threads: int | None, model: str | None,
 @cli.command()
 @click.argument("artefact", type=click.Path(path_type=Path))
 @engine_options
-@click.option("--model", help="The checkpoint, if it has moved since the build.")
+@source_options
 @click.option("--text-tokens", type=click.IntRange(min=1), help="Text tokens of the prompt, by default the recipe's.")
 @click.option("--new-tokens", default=16, show_default=True, type=click.IntRange(min=1), help="Tokens of the answer.")
 @click.option("--repeats", default=7, show_default=True, type=click.IntRange(min=1), help="Measured runs of every row.")
@@ -209,7 +216,7 @@ def bench(artefact: Path, gate: bool, as_json: bool, quiet: bool, **options: Any
 @click.option("--turns", type=click.IntRange(min=1), help="Questions of a made dialogue, by default 3.")
 @click.option("--seed", type=click.IntRange(min=0), help="Of made dialogues, by default 0.")
 @engine_options
-@click.option("--model", help="Checkpoint, for engines that run from it.")
+@source_options
 @click.option(
     "--metric",
     type=click.Choice(["exact", "vqa"]),
@@ -270,6 +277,7 @@ def eval_(
 @click.option("--prompt", "-p", required=True, help="The question.")
 @answer_options
 @engine_options
+@source_options
 @output_options
 def run(artefact: Path, prompt: str, images: tuple[Path, ...], as_json: bool, quiet: bool, **options: Any) -> None:
     """Answer one question about images, streaming."""
@@ -288,6 +296,7 @@ def run(artefact: Path, prompt: str, images: tuple[Path, ...], as_json: bool, qu
 @click.argument("artefact", type=click.Path(path_type=Path))
 @answer_options
 @engine_options
+@source_options
 @output_options
 def chat(artefact: Path, images: tuple[Path, ...], as_json: bool, quiet: bool, **options: Any) -> None:
     """Talk in several turns on one cache. /image FILE adds an image, /reset starts anew, /quit ends."""
@@ -403,7 +412,7 @@ def _open_chat(artefact: Path, options: dict[str, Any]) -> tuple["Vlm", "Chat"]:
     from tokexport.engines.model import load
 
     _sampling(options)  # a wrong number is said before the model is opened
-    opening = ("backend", "threads", "max_text_tokens", "max_images", "model")
+    opening = ("backend", "threads", "max_text_tokens", "max_images", "model", "adapter")
     vlm = load(artefact, **{name: options[name] for name in opening})
     return vlm, _new_chat(vlm, options)
 

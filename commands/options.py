@@ -23,7 +23,7 @@ def recipe_options(command: Command) -> Command:
             show_default=True,
             help="Name of a recipe, or path of a TOML file.",
         ),
-        click.option("--model", help="Checkpoint directory or hub id instead of the recipe's."),
+        click.option("--model", help="Checkpoint directory or hub id instead of the recipe's model and adapter."),
         click.option(
             "--weights",
             type=click.Choice(["checkpoint", "random"]),
@@ -34,7 +34,7 @@ def recipe_options(command: Command) -> Command:
             type=click.IntRange(min=1),
             help="Cut a model with random weights to so many decoder layers.",
         ),
-        click.option("--adapter", type=click.Path(path_type=Path), help="LoRA adapter directory (PEFT) to merge."),
+        click.option("--adapter", help="LoRA adapter to merge: a directory (PEFT), or the name of one that ships."),
         click.option("--dtype", type=click.Choice(["float32", "float16", "bfloat16"]), help="Precision of the graphs."),
         click.option(
             "--set",
@@ -47,11 +47,11 @@ def recipe_options(command: Command) -> Command:
     return _with(command, options)
 
 
-def recipe_from(*, recipe_name: str, settings: tuple[str, ...], adapter: Path | None, **changes: Any) -> "Recipe":
+def recipe_from(*, recipe_name: str, settings: tuple[str, ...], **changes: Any) -> "Recipe":
     """Return what ``recipe_options`` ask for."""
     from tokexport.recipes.load import load_recipe, override
 
-    return override(load_recipe(recipe_name, settings), adapter=None if adapter is None else str(adapter), **changes)
+    return override(load_recipe(recipe_name, settings), **changes)
 
 
 def engine_options(command: Command) -> Command:
@@ -59,6 +59,15 @@ def engine_options(command: Command) -> Command:
     options = [
         click.option("--backend", default="ort", show_default=True, help="Engine; 'tokexport doctor' lists them."),
         click.option("--threads", type=click.IntRange(min=1), help="CPU threads, by default one per core."),
+    ]
+    return _with(command, options)
+
+
+def source_options(command: Command) -> Command:
+    """Add the options that say where lies what an artefact was made from."""
+    options = [
+        click.option("--model", help="The checkpoint, if it has moved since the build."),
+        click.option("--adapter", help="The adapter, if it has moved since the build."),
     ]
     return _with(command, options)
 
@@ -86,7 +95,6 @@ def answer_options(command: Command) -> Command:
         click.option(
             "--max-images", type=click.IntRange(min=0), help="Room for images in the cache, by default the recipe's."
         ),
-        click.option("--model", help="Checkpoint, for engines that run from it."),
     ]
     return _with(command, options)
 

@@ -10,7 +10,6 @@ language model, D width, Q logits asked for, W vocabulary, G layer groups
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
@@ -34,13 +33,15 @@ class SessionOptions:
         max_text_tokens: text tokens, prompt and answers together, that the cache has room for.
         max_images: images that it has room for.
         threads: CPU threads, None for as many as there are cores.
-        model: the checkpoint to read, for engines that run from one instead of from the graphs.
+        model: where the checkpoint lies now, for engines that run from it instead of from the graphs.
+        adapter: where its adapter lies now, likewise.
     """
 
     max_text_tokens: int
     max_images: int
     threads: int | None = None
     model: str | None = None
+    adapter: str | None = None
 
     def __post_init__(self) -> None:
         for name, value, least in (("max-text-tokens", self.max_text_tokens, 1), ("max-images", self.max_images, 0)):
@@ -58,6 +59,7 @@ class SessionOptions:
         max_images: int | None = None,
         threads: int | None = None,
         model: str | None = None,
+        adapter: str | None = None,
     ) -> "SessionOptions":
         """Fill what is None from the artefact's recipe."""
         table = bundle.recipe.session
@@ -67,6 +69,7 @@ class SessionOptions:
             max_images=table.max_images if max_images is None else max_images,
             threads=threads,
             model=model,
+            adapter=adapter,
         )
 
 
@@ -189,10 +192,9 @@ def load_backend(name: str) -> Backend:
     return found()  # pyright: ignore[reportAbstractUsage] - what a file defines is whole
 
 
-def open_session(path: Path | Bundle, backend: str = DEFAULT_BACKEND, options: SessionOptions | None = None) -> Session:
+def open_session(bundle: Bundle, backend: str, options: SessionOptions) -> Session:
     """Open an artefact with an engine."""
-    bundle = path if isinstance(path, Bundle) else Bundle.open(path)
-    return load_backend(backend).open(bundle, options or SessionOptions.for_bundle(bundle))
+    return load_backend(backend).open(bundle, options)
 
 
 def planned_kv_bytes(session: Session, dtype: str) -> int:

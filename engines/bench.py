@@ -5,8 +5,6 @@ and one that counts. Figures are medians.
 """
 
 import contextlib
-import os
-import tempfile
 from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -24,6 +22,7 @@ from tokexport.exporter.bundle import Bundle, BundleWriter
 from tokexport.exporter.export import Design, design, export
 from tokexport.exporter.method import load_methods, plan_tokens
 from tokexport.exporter.plan import TokenPlan, kv_cache_bytes, prefill_flops
+from tokexport.exporter.staging import staging_folder
 from tokexport.recipes.schema import CompressTable
 
 Progress = Callable[[str], None]
@@ -106,7 +105,7 @@ def bench(
         text_tokens: of the prompt, None for the recipe's.
         new_tokens: of the answer.
         repeats: measured runs of every arm, after two that are not counted.
-        controls: methods that take ``keep``.
+        controls: methods whose ``keep`` takes a fraction.
         progress: told what is being done.
         tick: told how many of all runs are done.
 
@@ -119,7 +118,7 @@ def bench(
     text_tokens = bundle.recipe.plan.text_tokens if text_tokens is None else text_tokens
     _at_least("text-tokens", text_tokens, 0)
     workload = Workload(text_tokens=text_tokens, new_tokens=new_tokens)
-    made = source_design(bundle, options.model)
+    made = source_design(bundle, options.model, options.adapter)
     _require_measurable(engine, made, workload, controls)
     options = replace(options, max_text_tokens=text_tokens + new_tokens, max_images=1)
     with _arms(bundle, engine, made, controls, progress) as arms:
@@ -155,11 +154,18 @@ def _require_measurable(engine: str, made: Design, workload: Workload, controls:
 
 
 def bench_artefact(
-    path: Path, *, backend: str, threads: int | None = None, model: str | None = None, **options: Any
+    path: Path,
+    *,
+    backend: str,
+    threads: int | None = None,
+    model: str | None = None,
+    adapter: str | None = None,
+    **options: Any,
 ) -> Bench:
     """Measure an artefact and write its report; see ``bench`` for the options."""
     bundle = Bundle.open(path)
-    measured = bench(bundle, backend, SessionOptions.for_bundle(bundle, threads=threads, model=model), **options)
+    session = SessionOptions.for_bundle(bundle, threads=threads, model=model, adapter=adapter)
+    measured = bench(bundle, backend, session, **options)
     bundle.write_report("bench.json", measured.report())
     write_reports(bundle)
     return measured
@@ -226,20 +232,16 @@ def _control(method: str, made: Design) -> CompressTable:
 
 @contextlib.contextmanager
 def _scratch(path: Path) -> Generator[Path]:
-    """Give a folder on the artefact's disk, so that weights can be linked.
-
-    It is named like what a build leaves when it is killed, so that the next build removes it.
-    """
-    name = path.name if path.name.startswith(".") else f".{path.name}.{os.getpid()}"
-    try:
-        folder = tempfile.TemporaryDirectory(prefix=f"{name}.bench.", dir=path.parent)
-    except OSError as error:
-        raise BundleError(
-            f"{path.parent} cannot be written ({error.strerror}), where the artefacts to compare with have to stand; "
-            "copy the artefact to a place that can be written"
-        ) from error
-    with folder:
-        yield Path(folder.name)
+    """Give a folder on the artefact's disk, so that weights can be linked."""
+    with contextlib.ExitStack() as stack:
+        try:
+            folder = stack.enter_context(staging_folder(path.absolute()))
+        except OSError as error:
+            raise BundleError(
+                f"{path.parent} cannot be written ({error.strerror}), where the artefacts to compare with have to "
+                "stand; copy the artefact to a place that can be written"
+            ) from error
+        yield folder
 
 
 def _twin(bundle: Bundle, made: Design, compress: tuple[CompressTable, ...], out: Path, progress: Progress) -> Bundle:

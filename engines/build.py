@@ -7,6 +7,7 @@ from pathlib import Path
 from tokexport.engines.backend import DEFAULT_BACKEND, SessionOptions, load_backend
 from tokexport.engines.bench import Bench, bench
 from tokexport.engines.parity import Verification, failure_text, require_provable, verify
+from tokexport.engines.prompt import require_askable
 from tokexport.engines.report import write_reports
 from tokexport.errors import ParityError
 from tokexport.exporter.bundle import Bundle, BundleWriter
@@ -65,6 +66,7 @@ def build(
     if with_bench:
         load_backend(backend).require(recipe.export.dtype)
     made = design(recipe)
+    require_askable(made.model.directory)
     repro = repro_folder(out)
     with BundleWriter(out, overwrite=overwrite) as writer:
         bundle = export(made, writer, progress)
@@ -91,6 +93,7 @@ def build(
 def export_only(recipe: Recipe, out: Path, *, overwrite: bool = False, progress: Progress = lambda _: None) -> Bundle:
     """Write the graphs without running anything."""
     made = design(recipe)
+    require_askable(made.model.directory)
     with BundleWriter(out, overwrite=overwrite) as writer:
         export(made, writer, progress)
         return writer.commit()
@@ -102,6 +105,7 @@ def verify_artefact(
     backend: str = DEFAULT_BACKEND,
     threads: int | None = None,
     model: str | None = None,
+    adapter: str | None = None,
     progress: Progress = lambda _: None,
 ) -> Verification:
     """Prove an artefact again, every checksum and the whole ladder, and write its report.
@@ -110,7 +114,7 @@ def verify_artefact(
     """
     progress("hashing files")
     bundle = Bundle.open(path, check_all=True)
-    options = SessionOptions.for_bundle(bundle, threads=threads, model=model)
+    options = SessionOptions.for_bundle(bundle, threads=threads, model=model, adapter=adapter)
     verification = verify(bundle, backend, options, repro=repro_folder(path), progress=progress)
     bundle.write_report("verify.json", verification.report())
     write_reports(bundle)

@@ -65,27 +65,10 @@ def compare_tensors(
     layer: int | None = None,
 ) -> Check:
     """Compare two tensors; another shape or a value that is not finite never passes."""
-    note = ""
-    if found.shape != expected.shape:
-        note = f"shape {found.shape}, expected {expected.shape}"
-    elif not np.isfinite(found).all():
-        note = "not every value is finite"
-    elif not np.isfinite(expected).all():
-        note = "not every value expected is finite"
-    bound = 0.0 if note else tolerance.bound(expected)
+    note = _other_shape(found, expected) or _not_finite(found, expected)
     if note:
-        return Check(
-            step=step,
-            name=name,
-            passed=False,
-            max_abs_diff=float("inf"),
-            cosine=0.0,
-            norm_ratio=0.0,
-            tolerance=bound,
-            graph=graph,
-            layer=layer,
-            note=note,
-        )
+        return _incomparable(name, note, step=step, graph=graph, layer=layer, norm_ratio=0.0)
+    bound = tolerance.bound(expected)
     a, b = found.astype(np.float64).ravel(), expected.astype(np.float64).ravel()
     difference = np.abs(a - b)
     norm_a, norm_b = float(np.linalg.norm(a)), float(np.linalg.norm(b))
@@ -118,17 +101,9 @@ def compare_choices(
     Where they differ although the expected logits of both are closer than twice the tolerance, it is
     a near-tie, which rounding decides: it is reported and passes.
     """
-    if found_QW.shape != expected_QW.shape:
-        return Check(
-            step=step,
-            name=name,
-            passed=False,
-            max_abs_diff=float("inf"),
-            cosine=0.0,
-            tolerance=0.0,
-            graph=graph,
-            note=f"shape {found_QW.shape}, expected {expected_QW.shape}",
-        )
+    note = _other_shape(found_QW, expected_QW)
+    if note:
+        return _incomparable(name, note, step=step, graph=graph)
     rows = np.arange(len(found_QW))
     found, expected = found_QW.argmax(-1), expected_QW.argmax(-1)
     margin = expected_QW[rows, expected] - expected_QW[rows, found]
@@ -157,16 +132,46 @@ def compare_indices(
     layer: int | None = None,
 ) -> Check:
     """Compare kept-token indices, which must be equal."""
-    same = found.shape == expected.shape and bool((found == expected).all())
-    wrong = 0.0 if same else float("inf") if found.shape != expected.shape else float((found != expected).sum())
+    note = f"{found.size} kept, expected {expected.size}"
+    if _other_shape(found, expected):
+        return _incomparable(name, note, step=step, graph=graph, layer=layer)
+    wrong = int((found != expected).sum())
     return Check(
         step=step,
         name=name,
-        passed=same,
-        max_abs_diff=wrong,
-        cosine=float(same),
+        passed=wrong == 0,
+        max_abs_diff=float(wrong),
+        cosine=float(wrong == 0),
         tolerance=0.0,
         graph=graph,
         layer=layer,
-        note="" if same else f"{found.size} kept, expected {expected.size}",
+        note=note if wrong else "",
+    )
+
+
+def _other_shape(found: NDArray[np.generic], expected: NDArray[np.generic]) -> str:
+    return "" if found.shape == expected.shape else f"shape {found.shape}, expected {expected.shape}"
+
+
+def _not_finite(found: NDArray[np.generic], expected: NDArray[np.generic]) -> str:
+    if not np.isfinite(found).all():
+        return "not every value is finite"
+    return "" if np.isfinite(expected).all() else "not every value expected is finite"
+
+
+def _incomparable(
+    name: str, note: str, *, step: str, graph: str, layer: int | None = None, norm_ratio: float = 1.0
+) -> Check:
+    """Return the failed check of two arrays between which there is no difference to measure."""
+    return Check(
+        step=step,
+        name=name,
+        passed=False,
+        max_abs_diff=float("inf"),
+        cosine=0.0,
+        norm_ratio=norm_ratio,
+        tolerance=0.0,
+        graph=graph,
+        layer=layer,
+        note=note,
     )

@@ -109,7 +109,8 @@ class TokexportModel(_Base):
         threads: CPU threads, None for as many as there are cores.
         max_text_tokens: room for a prompt and its answer, None for the recipe's.
         max_images: room for images, None for the recipe's.
-        model: the checkpoint, for engines that run from it.
+        model: the checkpoint, for engines that run from it and if it has moved.
+        adapter: its adapter, likewise.
         batch_size: 1.
         max_batch_size: without effect at a batch size of 1.
         device: without effect, as the engine decides where it runs.
@@ -129,6 +130,7 @@ class TokexportModel(_Base):
         max_text_tokens: int | None = None,
         max_images: int | None = None,
         model: str | None = None,
+        adapter: str | None = None,
         batch_size: int | str = 1,
         max_batch_size: int | None = None,
         device: str | None = None,
@@ -145,6 +147,7 @@ class TokexportModel(_Base):
             max_text_tokens=max_text_tokens,
             max_images=max_images,
             model=model,
+            adapter=adapter,
         )
 
     @property

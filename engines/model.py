@@ -139,6 +139,7 @@ def load(
     max_text_tokens: int | None = None,
     max_images: int | None = None,
     model: str | None = None,
+    adapter: str | None = None,
 ) -> Vlm:
     """Open an artefact to ask it questions.
 
@@ -149,6 +150,7 @@ def load(
         max_text_tokens: text tokens of a whole conversation that the cache has room for.
         max_images: images that it has room for.
         model: the checkpoint, for engines that run from it and if it has moved.
+        adapter: its adapter, likewise.
 
     Raises:
         BundleError: the artefact is damaged, newer, or none.
@@ -156,7 +158,12 @@ def load(
     """
     bundle = Bundle.open(Path(path))
     options = SessionOptions.for_bundle(
-        bundle, max_text_tokens=max_text_tokens, max_images=max_images, threads=threads, model=model
+        bundle,
+        max_text_tokens=max_text_tokens,
+        max_images=max_images,
+        threads=threads,
+        model=model,
+        adapter=adapter,
     )
     return Vlm(bundle, backend, options)
 

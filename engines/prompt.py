@@ -15,9 +15,15 @@ from tokenizers.decoders import DecodeStream
 from transformers import LlavaProcessor
 
 from tokexport.engines.generate import IMAGE
-from tokexport.errors import BundleError, InputError
+from tokexport.errors import BundleError, CheckpointError, InputError
 
 Message = dict[str, Any]
+
+_PROCESSOR_FILES = {
+    "tokenizer": ("tokenizer.json", "tokenizer.model"),
+    "image processor": ("processor_config.json", "preprocessor_config.json"),
+}
+"""What a processor is made of, and the files of which it needs one."""
 
 
 class PromptProcessor:
@@ -115,6 +121,28 @@ def _stop_ids(directory: Path, eos: int | None) -> tuple[int, ...]:
         raise BundleError(f"{path} cannot be read ({error}); build the artefact again") from error
     listed = found if isinstance(found, list) else [found]
     return tuple({token: None for token in (eos, *listed) if isinstance(token, int)})
+
+
+def require_askable(directory: Path) -> None:
+    """Find out before a build whether its artefact could be asked anything.
+
+    Raises:
+        CheckpointError: the checkpoint's tokenizer, image processor or chat template is missing or does not work.
+    """
+    missing = [
+        f"no {what} ({' or '.join(names)})"
+        for what, names in _PROCESSOR_FILES.items()
+        if not any((directory / name).is_file() for name in names)
+    ]
+    if missing:
+        raise CheckpointError(
+            f"{directory} has {' and '.join(missing)}, so an artefact made from it could not be asked anything; copy "
+            "the files from the model that it comes from"
+        )
+    try:
+        Dialogue.start(PromptProcessor(directory)).ask("What is it?", 1)
+    except BundleError as error:
+        raise CheckpointError(str(error)) from error
 
 
 @dataclass

@@ -2,29 +2,38 @@
 
 from dataclasses import replace
 
-from tokexport.errors import CheckpointError
+from tokexport.errors import CheckpointError, InputError
 from tokexport.exporter.bundle import Bundle
 from tokexport.exporter.checkpoint import fingerprint
 from tokexport.exporter.export import Design, design
 
 
-def source_design(bundle: Bundle, model: str | None) -> Design:
-    """Return the design an artefact was made from, its checkpoint at hand.
+def source_design(bundle: Bundle, model: str | None = None, adapter: str | None = None) -> Design:
+    """Return the design an artefact was made from, its checkpoint and adapter at hand.
 
     Args:
         bundle: the artefact.
         model: where its checkpoint lies now, None for where it lay.
+        adapter: where its adapter lies now, None for where it lay.
 
     Raises:
-        CheckpointError: the checkpoint is gone or another one.
+        CheckpointError: the checkpoint or the adapter is gone or another one.
+        InputError: an adapter for an artefact that was made without one.
     """
     recipe = bundle.recipe
-    if model is not None:
-        recipe = replace(recipe, model=replace(recipe.model, checkpoint=model))
-    made = design(recipe)
-    if fingerprint(made.model) != bundle.manifest.model.fingerprint:
+    if adapter is not None and recipe.model.adapter is None:
+        raise InputError(f"{bundle.path} was made without an adapter; leave out --adapter")
+    moved = {"checkpoint": model, "adapter": adapter}
+    table = replace(recipe.model, **{key: value for key, value in moved.items() if value is not None})
+    made = design(replace(recipe, model=table))
+    if fingerprint(made.model) == bundle.manifest.model.fingerprint:
+        return made
+    if table.adapter is None:
         raise CheckpointError(
-            f"{recipe.model.checkpoint} is not the checkpoint that {bundle.path} was made from; give the "
-            "right one with --model"
+            f"{table.checkpoint} is not the checkpoint that {bundle.path} was made from; give the right one with "
+            "--model"
         )
-    return made
+    raise CheckpointError(
+        f"{table.checkpoint} with the adapter {table.adapter} is not what {bundle.path} was made from; give the right "
+        "ones with --model and --adapter"
+    )

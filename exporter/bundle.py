@@ -16,7 +16,6 @@ import hashlib
 import json
 import os
 import shutil
-import tempfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
@@ -27,6 +26,7 @@ from typing import Any, Self
 from tokexport.errors import BundleError, RecipeError
 from tokexport.exporter.graph_io import GraphIO, GraphName
 from tokexport.exporter.plan import TokenPlan, VlmSpec
+from tokexport.exporter.staging import remove_abandoned, replaced_path, staging_folder
 from tokexport.recipes.load import parse_recipe
 from tokexport.recipes.schema import Recipe
 from tokexport.recipes.tables import parse_table, table_of
@@ -37,7 +37,6 @@ REPORTS = "reports"
 _LIBRARIES = ("tokexport", "torch", "transformers", "onnx", "onnx-ir", "onnxscript", "onnxruntime", "safetensors")
 # A file larger than this is compared by size when an artefact is opened, by checksum when it is verified.
 _QUICK_CHECK_BYTES = 256 << 20
-_REPLACED = ".replaced"
 # numpy raises without a number when a write is cut short.
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, None)
 
@@ -142,24 +141,27 @@ class BundleWriter:
     def __init__(self, out: Path, *, overwrite: bool = False) -> None:
         self.out = out.expanduser().absolute()
         self._overwrite = overwrite
+        self._stack = contextlib.ExitStack()
         self.staging = Path()
 
     def __enter__(self) -> Self:
         try:
             self.out.parent.mkdir(parents=True, exist_ok=True)
-            _remove_abandoned(self.out)
+            remove_abandoned(self.out)
             _check_place(self.out, overwrite=self._overwrite)
-            self.staging = Path(tempfile.mkdtemp(prefix=f".{self.out.name}.{os.getpid()}.", dir=self.out.parent))
-            self.staging.chmod(0o755)
+            with contextlib.ExitStack() as stack:
+                self.staging = stack.enter_context(staging_folder(self.out)) / self.out.name
+                (self.staging / "onnx").mkdir(parents=True)
+                self.staging.chmod(0o755)
+                self._stack = stack.pop_all()
         except OSError as error:
             raise BundleError(f"{self.out.parent} cannot be written ({error.strerror}); choose another -o") from error
-        (self.staging / "onnx").mkdir()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        shutil.rmtree(self.staging, ignore_errors=True)
+        self._stack.close()
         if isinstance(error, OSError) and self._is_ours(error):
             # numpy says how many bytes it could not write, but not why.
             reason = error.strerror or f"the disk is full or a limit is reached: {error}"
@@ -188,16 +190,9 @@ class BundleWriter:
     def commit(self) -> Bundle:
         """Move the finished artefact to its place, all at once."""
         _check_place(self.out, overwrite=self._overwrite)
-        replaced = self.staging.with_name(f"{self.staging.name}{_REPLACED}")
         if self.out.exists():
-            self.out.rename(replaced)
-        try:
-            self.staging.rename(self.out)
-        except BaseException:
-            if replaced.exists():
-                replaced.rename(self.out)
-            raise
-        shutil.rmtree(replaced, ignore_errors=True)
+            self.out.rename(replaced_path(self.staging.parent, self.out))  # it goes back if the next line fails
+        self.staging.rename(self.out)
         return Bundle(self.out, _read_manifest(self.out / MANIFEST))
 
 
@@ -267,31 +262,6 @@ def _check_place(out: Path, *, overwrite: bool) -> None:
             )
     elif out.exists():
         raise BundleError(f"{out} is a file; choose a directory for -o")
-
-
-def _remove_abandoned(out: Path) -> None:
-    """Remove what a build that was killed without a chance to clean up left beside ``out``.
-
-    One that was killed while it replaced an artefact left the old one aside: that goes back.
-    """
-    for path in sorted(out.parent.glob(f".{out.name}.*.*")):
-        process = path.name.removeprefix(f".{out.name}.").partition(".")[0]
-        if not path.is_dir() or not process.isdecimal() or _is_running(int(process)):
-            continue
-        if path.name.endswith(_REPLACED) and not out.exists():
-            path.rename(out)
-        else:
-            shutil.rmtree(path, ignore_errors=True)
-
-
-def _is_running(process: int) -> bool:
-    try:
-        os.kill(process, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        pass
-    return True
 
 
 def _files(folder: Path) -> Iterator[Path]:

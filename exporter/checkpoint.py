@@ -25,6 +25,8 @@ from tokexport.recipes.load import merged
 from tokexport.recipes.schema import ModelTable
 
 BUNDLED_MODEL = "mini"
+BUNDLED = Path(str(resources.files("tokexport.recipes"))) / "models"
+"""The checkpoints and adapters that ship; a recipe calls each by the name of its folder."""
 _FINGERPRINT_BYTES = 1 << 20
 
 
@@ -59,7 +61,7 @@ def describe_model(table: ModelTable) -> Model:
     family = load_family(table.family)
     local = local_directory(table.checkpoint)
     if table.weights == "random" and local is None and table.architecture:
-        directory, config = _bundled(BUNDLED_MODEL), family.make_config(None, table.architecture)
+        directory, config = BUNDLED / BUNDLED_MODEL, family.make_config(None, table.architecture)
     else:
         directory = local or _from_hub(table.checkpoint)
         config = family.read_config(directory)
@@ -102,7 +104,7 @@ def open_weights(model: Model) -> Weights:
     """Open the weights of a model and check them against its configuration.
 
     Raises:
-        CheckpointError: weights are missing, damaged, surplus or of the wrong shape.
+        CheckpointError: weights or the adapter are missing, damaged, surplus or of the wrong shape.
     """
     expected = expected_shapes(model)
     if model.table.weights == "random":
@@ -115,7 +117,7 @@ def open_weights(model: Model) -> Weights:
         weights = TiedWeights(weights, head, embedding)
     check_shapes(weights, expected, model.table.checkpoint)
     if model.table.adapter is not None:
-        weights = merge_adapter(weights, Path(model.table.adapter), model.family.canonical_name)
+        weights = merge_adapter(weights, _adapter_directory(model.table.adapter), model.family.canonical_name)
     return weights
 
 
@@ -133,7 +135,7 @@ def fingerprint(model: Model) -> str:
     files of a checkpoint, and an adapter's; of a weight file name, size, first and last mebibyte.
 
     Raises:
-        CheckpointError: the adapter is gone.
+        CheckpointError: the adapter is not where it was.
     """
     digest = hashlib.sha256(repr(sorted(expected_shapes(model).items())).encode())
     if model.table.weights == "random":
@@ -141,10 +143,7 @@ def fingerprint(model: Model) -> str:
     else:
         _add_files(digest, model.directory, "config.json")
     if model.table.adapter is not None:
-        adapter = Path(model.table.adapter)
-        if not adapter.is_dir():
-            raise CheckpointError(f"the adapter {adapter} is gone; put it back, or build again from what there is")
-        _add_files(digest, adapter, "adapter_config.json")
+        _add_files(digest, _adapter_directory(model.table.adapter), "adapter_config.json")
     return digest.hexdigest()
 
 
@@ -196,19 +195,27 @@ def _from_hub(name: str) -> Path:
         ) from error
 
 
+def list_bundled() -> list[str]:
+    """Return the names of the checkpoints and adapters that ship with tokexport."""
+    return sorted(path.name for path in BUNDLED.iterdir() if path.is_dir())
+
+
 def local_directory(name: str) -> Path | None:
-    """Return the directory of a bundled model or of a path, None where there is none."""
-    if name == BUNDLED_MODEL:
-        return _bundled(name)
+    """Return the directory of a bundled checkpoint or adapter or of a path, None where there is none."""
+    if name in list_bundled():
+        return BUNDLED / name
     path = Path(name).expanduser()
     return path if path.is_dir() else None
+
+
+def _adapter_directory(name: str) -> Path:
+    directory = local_directory(name)
+    if directory is None:
+        raise CheckpointError(f"there is no adapter directory {name}; say where it is with --adapter")
+    return directory
 
 
 def _settled(name: str) -> str:
     """Return a path that means the same from every directory; names and hub ids stay as they are."""
     path = Path(name).expanduser()
-    return str(path.resolve()) if name != BUNDLED_MODEL and path.is_dir() else name
-
-
-def _bundled(name: str) -> Path:
-    return Path(str(resources.files("tokexport.recipes"))) / "models" / name
+    return str(path.resolve()) if name not in list_bundled() and path.is_dir() else name

@@ -142,7 +142,7 @@ def merge_adapter(base: Weights, directory: Path, rename: Rename) -> AdapterWeig
     """
     config = _read_json(directory / "adapter_config.json", f"{directory} is no PEFT adapter directory")
     _require_plain_lora(config, directory)
-    handle = _open_shard(directory / "adapter_model.safetensors")
+    handle = _open_shard(_adapter_path(directory))
     halves: dict[str, dict[str, Tensor]] = {}
     for stored_name in sorted(handle.keys()):
         module, separator, half = stored_name.removeprefix("base_model.model.").rpartition(".lora_")
@@ -277,6 +277,16 @@ def _shard_paths(directory: Path) -> list[Path]:
         f"{directory} holds no model.safetensors and no model.safetensors.index.json; give a complete "
         "checkpoint, or use --weights random"
     )
+
+
+def _adapter_path(directory: Path) -> Path:
+    path = directory / "adapter_model.safetensors"
+    if not path.is_file() and (directory / "adapter_model.bin").is_file():
+        raise CheckpointError(
+            f"adapter {directory} holds adapter_model.bin, a pickle, which is not read because it can run code; load "
+            "it with peft and save it again: save_pretrained(DIR, safe_serialization=True)"
+        )
+    return path
 
 
 def _open_shard(path: Path) -> Any:

@@ -69,6 +69,8 @@ def override(
 ) -> Recipe:
     """Return the recipe with the options of the command line; None leaves what it says.
 
+    Other weights than the recipe's are taken without its adapter, which was trained on the recipe's.
+
     Raises:
         RecipeError: a value is not known, or two contradict each other.
     """
@@ -77,6 +79,8 @@ def override(
     table = table_of(recipe)
     if model is not None:
         table["model"]["architecture"] = {}  # it describes the recipe's checkpoint, not this one
+    if model is not None or weights == "random":
+        table["model"].pop("adapter", None)
     changes = {"checkpoint": model, "weights": weights, "num_layers": num_layers, "adapter": adapter}
     table["model"] |= {key: value for key, value in changes.items() if value is not None}
     if dtype is not None:

@@ -20,6 +20,7 @@ class ModelTable:
     """Which model, and where its weights come from.
 
     ``checkpoint`` is a directory, a hub id, or the name of a model that ships with tokexport.
+    ``adapter`` is the directory of a LoRA adapter, or the name of one that ships; it is merged into the weights.
     ``architecture`` holds configuration values in Hugging Face's names; they describe the model to
     ``plan`` and to ``weights = "random"``, where no checkpoint is read.
     """

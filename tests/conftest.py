@@ -7,12 +7,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from transformers import LlavaConfig, LlavaForConditionalGeneration
 
 import tokexport.recipes
 from tokexport.exporter.bundle import Bundle, BundleWriter
 from tokexport.exporter.export import design, export
-from tokexport.recipes.load import parse_recipe
+from tokexport.recipes.load import override, parse_recipe
 from tokexport.recipes.schema import Recipe
 
 MINI = Path(tokexport.recipes.__path__[0]) / "models" / "mini"
@@ -75,6 +76,17 @@ def save_checkpoint(folder: Path, config: LlavaConfig, *, dtype: torch.dtype = t
     return folder
 
 
+def save_adapter(folder: Path, *, seed: int = 0) -> Path:
+    """Save a LoRA adapter of one projection of the tiny model, as PEFT does."""
+    generator = torch.Generator().manual_seed(seed)
+    lora = "base_model.model.model.language_model.layers.0.self_attn.q_proj.lora"
+    down_RI, up_OR = (torch.randn(shape, generator=generator) for shape in ((4, 64), (64, 4)))
+    folder.mkdir()
+    save_file({f"{lora}_A.weight": down_RI, f"{lora}_B.weight": up_OR}, folder / "adapter_model.safetensors")
+    (folder / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "r": 4, "lora_alpha": 4}))
+    return folder
+
+
 def recipe_for(checkpoint: Path, *compress: dict[str, object], dtype: str = "float32") -> Recipe:
     """Return a recipe for a checkpoint on disk."""
     return parse_recipe(
@@ -122,3 +134,14 @@ def tiny_full(checkpoint: Path, exported: Callable[[Recipe], Bundle]) -> Bundle:
 @pytest.fixture(scope="session")
 def tiny_adsc(checkpoint: Path, exported: Callable[[Recipe], Bundle]) -> Bundle:
     return exported(recipe_for(checkpoint, adsc()))
+
+
+@pytest.fixture(scope="session")
+def tiny_lora(
+    checkpoint: Path, exported: Callable[[Recipe], Bundle], tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Bundle, Path]:
+    """Return an artefact with a merged adapter, and where the adapter was moved after the export."""
+    folder = tmp_path_factory.mktemp("adapter")
+    adapter = save_adapter(folder / "old")
+    bundle = exported(override(recipe_for(checkpoint), adapter=str(adapter)))
+    return bundle, adapter.rename(folder / "new")

@@ -28,7 +28,7 @@ class TorchEager(Backend):
     runs_graphs = False
 
     def open(self, bundle: Bundle, options: SessionOptions) -> "TorchSession":
-        return TorchSession(source_design(bundle, options.model), options)
+        return TorchSession(source_design(bundle, options.model, options.adapter), options)
 
 
 class TorchSession(Session):

@@ -52,6 +52,11 @@ def test_the_plan_for_people_leaves_stdout_empty(run: Run):
     assert "576 -> 252 tokens (43.8 %)" in outcome.err
 
 
+def test_the_plan_of_a_smaller_image_compares_with_the_whole_one(run: Run):
+    outcome = run("plan", "--recipe", "mini_full", "--set", 'compress=[{method="resize", keep=144}]')
+    assert "mean             576 -> 144 tokens (25 %)" in outcome.err
+
+
 @pytest.mark.parametrize("command", [["plan"], ["list"], ["doctor"]], ids=str)
 def test_quiet_leaves_stderr_empty(run: Run, command: list[str]):
     outcome = run(*command, "--quiet", "--json")

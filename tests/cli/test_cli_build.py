@@ -86,6 +86,45 @@ def test_export_writes_graphs_only(run: Run, recipe: Path, checkpoint: Path, tmp
     assert "not verified" in outcome.err
 
 
+@pytest.fixture
+def silent(checkpoint: Path, tmp_path: Path) -> Path:
+    """Return a checkpoint without chat template."""
+    folder = tmp_path / "silent"
+    return shutil.copytree(checkpoint, folder, ignore=shutil.ignore_patterns("chat_template*"))
+
+
+@pytest.mark.parametrize("command", [["build"], ["export"], ["build", "--weights", "random"]], ids=" ".join)
+def test_a_checkpoint_that_cannot_be_asked_is_refused_before_the_work(
+    run: Run, recipe: Path, silent: Path, tmp_path: Path, command: list[str]
+):
+    outcome = run(*command, "--recipe", recipe, "--model", silent, "-o", tmp_path / "out")
+    assert outcome.code == 1
+    assert outcome.error == (
+        "the checkpoint has no chat template, so prompts cannot be laid out; add chat_template.jinja to it and build "
+        "again"
+    )
+    assert "tracing" not in outcome.err
+    assert list(tmp_path.iterdir()) == [silent]
+
+
+def test_a_checkpoint_that_cannot_be_asked_can_be_planned(run: Run, recipe: Path, silent: Path):
+    assert run("plan", "--recipe", recipe, "--model", silent).code == 0
+
+
+def test_a_described_architecture_needs_no_checkpoint_to_be_asked(run: Run, tmp_path: Path):
+    described = tmp_path / "described.toml"
+    described.write_text(
+        '[model]\nfamily = "llava15"\ncheckpoint = "someone/tiny"\nweights = "random"\n'
+        "[model.architecture.text_config]\nvocab_size = 576\nhidden_size = 32\nintermediate_size = 32\n"
+        "num_hidden_layers = 1\nnum_attention_heads = 2\nnum_key_value_heads = 2\nmax_position_embeddings = 1024\n"
+        "[model.architecture.vision_config]\nhidden_size = 32\nintermediate_size = 32\nnum_hidden_layers = 1\n"
+        "num_attention_heads = 2\n"
+    )
+    out = tmp_path / "out"
+    assert run("export", "--recipe", described, "-o", out).code == 0
+    assert run("run", out, "-p", "What?", "--max-new-tokens", 1).code == 0
+
+
 @pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM], ids=["ctrl-c", "sigterm"])
 def test_an_interrupted_build_leaves_nothing(recipe: Path, checkpoint: Path, tmp_path: Path, sent: signal.Signals):
     def listen() -> None:

@@ -12,13 +12,13 @@ import pytest
 from numpy.typing import NDArray
 
 from tests.conftest import IMAGE_SIZE
-from tokexport.engines.backend import Session, SessionOptions, load_backend
+from tokexport.engines.backend import Session, SessionOptions, open_session
 from tokexport.exporter.bundle import MANIFEST, Bundle
 
 
 def open_engine(bundle: Bundle, backend: str = "ort", **options: Any) -> Session:
     """Open an artefact; options are those of ``SessionOptions.for_bundle``, one thread if none are given."""
-    return load_backend(backend).open(bundle, SessionOptions.for_bundle(bundle, **{"threads": 1, **options}))
+    return open_session(bundle, backend, SessionOptions.for_bundle(bundle, **{"threads": 1, **options}))
 
 
 def pixels(count: int = 1, seed: int = 0) -> NDArray[np.float32]:

@@ -15,7 +15,6 @@ from tokexport.engines.backend import (
     Session,
     list_backends,
     load_backend,
-    open_session,
     planned_kv_bytes,
 )
 from tokexport.engines.backends.ort_portable import OrtSession
@@ -180,7 +179,7 @@ def test_an_unknown_engine_is_refused_with_the_nearest(name: str, expected: str)
 
 
 def test_a_second_row_in_a_batch_is_refused(tiny_adsc: Bundle):
-    session = open_session(tiny_adsc, "ort")
+    session = open_engine(tiny_adsc)
     two = np.zeros((2, 1, session.spec.hidden_size), np.float32)
     step = DecoderStep(
         prefix_embeds=two,
@@ -194,6 +193,6 @@ def test_a_second_row_in_a_batch_is_refused(tiny_adsc: Bundle):
         session.decode(step)
 
 
-def test_an_artefact_opens_by_its_path(tiny_adsc: Bundle):
-    session = open_session(tiny_adsc.path)
+def test_a_session_has_the_room_of_the_recipe(tiny_adsc: Bundle):
+    session = open_engine(tiny_adsc)
     assert (session.options.max_text_tokens, session.options.max_images) == (128, 3)

@@ -9,10 +9,13 @@ import pytest
 
 from tests.conftest import NUM_LAYERS
 from tokexport.engines.backend import SessionOptions
-from tokexport.engines.bench import bench, bench_artefact
+from tokexport.engines.bench import _control, bench, bench_artefact
 from tokexport.engines.worker import EngineProcess, Workload
 from tokexport.errors import BackendUnavailableError, BundleError, CheckpointError, InputError, RecipeError
 from tokexport.exporter.bundle import Bundle
+from tokexport.exporter.export import planned
+from tokexport.exporter.method import load_methods, plan_tokens
+from tokexport.recipes.load import load_recipe
 
 Copy = Callable[[Bundle], Bundle]
 
@@ -145,6 +148,13 @@ def test_a_number_that_cannot_be_measured_with_is_refused(tiny_adsc: Bundle, wro
     with pytest.raises(InputError) as caught:
         bench(tiny_adsc, "ort", SessionOptions.for_bundle(tiny_adsc), **wrong)
     assert str(caught.value) == expected
+
+
+@pytest.mark.parametrize(("control", "kept"), [("sample", 252), ("random", 252), ("resize", 256)])
+def test_a_control_keeps_the_nearest_number_that_it_can(control: str, kept: int):
+    made, _ = planned(load_recipe("mini_adsc"))
+    plan = plan_tokens(load_methods([_control(control, made)]), made.model.spec)
+    assert plan.per_layer == (kept,) * 8
 
 
 def test_an_unknown_control_is_refused_and_leaves_nothing(tiny_adsc: Bundle):

@@ -11,6 +11,7 @@ import pytest
 from numpy.typing import NDArray
 
 from tokexport.engines.compare import (
+    Check,
     Kind,
     Tolerance,
     compare_choices,
@@ -156,6 +157,21 @@ def test_other_indices_fail(found: list[int], wrong: float):
 
 def test_the_note_on_indices_says_how_many_are_kept():
     assert compare_indices("kept", np.array([0, 2]), np.array([0, 2, 4])).note == "2 kept, expected 3"
+
+
+@pytest.mark.parametrize(
+    "check",
+    [
+        compare_tensors("x", logits()[:-1], logits(), TIGHT, step="s", graph="g"),
+        compare_tensors("x", with_value(math.nan)(logits()), logits(), TIGHT, step="s", graph="g"),
+        compare_choices("x", logits()[:-1], logits(), TIGHT, step="s", graph="g"),
+        compare_indices("x", np.array([0, 2]), np.array([0, 2, 4]), step="s", graph="g"),
+    ],
+    ids=["tensors", "tensors not finite", "choices", "indices"],
+)
+def test_what_cannot_be_compared_is_infinitely_far_and_keeps_its_place(check: Check):
+    assert (check.passed, check.max_abs_diff, check.cosine, check.tolerance) == (False, math.inf, 0.0, 0.0)
+    assert (check.name, check.step, check.graph) == ("x", "s", "g")
 
 
 @pytest.mark.parametrize("dtype", sorted(DTYPE_BYTES))

@@ -29,6 +29,9 @@ Copy = Callable[[Bundle], Bundle]
 SAMPLE = {"method": "sample", "keep": 12}
 """Leaves 12 of 16 tokens before the language model."""
 
+RESIZE = {"method": "resize", "keep": 9}
+"""Shrinks the image from 4 x 4 to 3 x 3 patches."""
+
 
 def climbed(bundle: Bundle, backend: str = "ort", repro: Path | None = None) -> Verification:
     return verify(bundle, backend, SessionOptions.for_bundle(bundle, threads=1), repro=repro)
@@ -96,8 +99,17 @@ def test_the_ladder_passes_for_an_uncompressed_artefact(tiny_full: Bundle):
         [adsc(pattern="grid")],
         [SAMPLE, {"method": "adsc", "drops": [{"layer": 2, "keep": 5}]}],
         [{"method": "adsc", "drops": [{"layer": 0, "keep": 6}]}],
+        [RESIZE],
+        [RESIZE, {"method": "adsc", "drops": [{"layer": 1, "keep": 6}, {"layer": 3, "keep": 4}], "pattern": "grid"}],
     ],
-    ids=["renumbered positions", "grid", "sample before adsc", "bottleneck before the first layer"],
+    ids=[
+        "renumbered positions",
+        "grid",
+        "sample before adsc",
+        "bottleneck before the first layer",
+        "smaller image",
+        "smaller image before adsc",
+    ],
 )
 def test_the_ladder_passes_for_every_way_to_compress(
     checkpoint: Path, exported: Export, compress: list[dict[str, object]]
@@ -210,6 +222,18 @@ def test_a_graph_that_keeps_other_tokens_computes_other_logits(tiny_adsc: Bundle
     broken = {check.name for check in climbed(damaged).checks if not check.passed}
     assert broken >= {"logits, turn 1", "keys, layer 1", "values, layer 3"}
     assert "keys, layer 0" not in broken
+
+
+@pytest.mark.parametrize("constant", ["rows_SH", "columns_WS", "positions_GN"])
+def test_an_image_shrunk_in_another_way_fails(checkpoint: Path, exported: Export, copied: Copy, constant: str):
+    def change(matrix: np.ndarray) -> None:
+        matrix[1] = matrix[0]
+
+    right = exported(recipe_for(checkpoint, RESIZE))
+    name = f"vision_tower.embeddings.{constant}"
+    first = climbed(change_initializer(copied(right), "vision_encoder", name, change)).first_failure
+    assert first is not None
+    assert (first.step, first.graph, first.layer) == ("reference vs ort-portable", "vision_encoder", 0)
 
 
 def with_recipe_of(bundle: Bundle, change: Callable[[dict[str, object]], object]) -> Bundle:

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 from tokexport.engines.generate import IMAGE
-from tokexport.engines.prompt import Dialogue, PromptProcessor
-from tokexport.errors import BundleError, InputError
+from tokexport.engines.prompt import Dialogue, PromptProcessor, require_askable
+from tokexport.errors import BundleError, CheckpointError, InputError
 from tokexport.exporter.bundle import Bundle
 
 REWRITING = "{{ messages | length }}{% for message in messages %}{{ message['role'] }}{% endfor %}"
@@ -161,6 +161,55 @@ def test_a_broken_chat_template_is_refused_in_one_line(processor_files: Path, te
     (processor_files / "chat_template.jinja").write_text(template)
     with pytest.raises((BundleError, InputError)) as caught:
         Dialogue.start(PromptProcessor(processor_files)).ask("What?", 0)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_checkpoint_that_can_be_asked_passes(processor_files: Path):
+    require_askable(processor_files)
+
+
+@pytest.mark.parametrize(
+    ("names", "missing"),
+    [
+        (["tokenizer.json"], "no tokenizer (tokenizer.json or tokenizer.model)"),
+        (
+            ["processor_config.json"],
+            "no image processor (processor_config.json or preprocessor_config.json)",
+        ),
+        (
+            ["tokenizer.json", "processor_config.json"],
+            "no tokenizer (tokenizer.json or tokenizer.model) and "
+            "no image processor (processor_config.json or preprocessor_config.json)",
+        ),
+    ],
+    ids=["tokenizer", "image processor", "both"],
+)
+def test_a_checkpoint_without_a_processor_is_refused(processor_files: Path, names: list[str], missing: str):
+    for name in names:
+        (processor_files / name).unlink()
+    with pytest.raises(CheckpointError) as caught:
+        require_askable(processor_files)
+    assert str(caught.value) == (
+        f"{processor_files} has {missing}, so an artefact made from it could not be asked anything; "
+        "copy the files from the model that it comes from"
+    )
+
+
+def test_a_checkpoint_without_a_chat_template_is_refused(processor_files: Path):
+    (processor_files / "chat_template.jinja").unlink()
+    with pytest.raises(CheckpointError, match=r"^the checkpoint has no chat template, .*; add chat_template\.jinja to"):
+        require_askable(processor_files)
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [("tokenizer.json", "{"), ("chat_template.jinja", "{{ messages")],
+    ids=["tokenizer", "template"],
+)
+def test_a_checkpoint_with_a_broken_processor_is_refused(processor_files: Path, name: str, content: str):
+    (processor_files / name).write_text(content)
+    with pytest.raises(CheckpointError) as caught:
+        require_askable(processor_files)
     assert "\n" not in str(caught.value)
 
 

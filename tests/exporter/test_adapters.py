@@ -1,6 +1,7 @@
 """LoRA adapters are merged as PEFT merges them, or refused."""
 
 import json
+import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,9 +16,11 @@ from transformers import LlavaForConditionalGeneration
 
 from tests.conftest import recipe_for, save_checkpoint, tiny_config
 from tokexport.errors import CheckpointError
+from tokexport.exporter import checkpoint as checkpoint_module
 from tokexport.exporter.checkpoint import describe_model, fingerprint, open_weights
+from tokexport.exporter.export import design
 from tokexport.exporter.weights import Weights
-from tokexport.recipes.load import override
+from tokexport.recipes.load import override, recipe_toml
 
 QUERY = "model.language_model.layers.0.self_attn.q_proj.weight"
 # Attention and MLP of the vision tower, the projector, and attention of the language model.
@@ -127,6 +130,53 @@ def test_an_adapter_leaves_the_precision_as_it_was(tmp_path: Path, lora: Callabl
     torch.testing.assert_close(merged.float(), made.merged[QUERY], rtol=2**-7, atol=2**-7)
 
 
+@pytest.fixture
+def shipped(lora: Callable[..., Lora], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Lora:
+    """Let an adapter ship with tokexport, by the name ``adapter``."""
+    made = lora()
+    monkeypatch.setattr(checkpoint_module, "BUNDLED", tmp_path / "models")
+    folder = shutil.copytree(made.folder, tmp_path / "models" / "adapter")
+    return Lora(folder, made.merged)
+
+
+def test_an_adapter_that_ships_is_merged_by_its_name(checkpoint: Path, shipped: Lora):
+    assert_merged_as_peft_does(checkpoint, Lora(Path("adapter"), shipped.merged))
+
+
+@pytest.mark.usefixtures("shipped")
+def test_the_recipe_keeps_the_name_of_an_adapter_that_ships(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.chdir(tmp_path)  # where a folder has this name too
+    made = design(override(recipe_for(checkpoint), adapter="adapter"))
+    assert 'adapter = "adapter"' in recipe_toml(made.recipe)
+
+
+def test_an_adapter_that_ships_has_the_fingerprint_of_its_folder(checkpoint: Path, shipped: Lora):
+    first, second = (
+        fingerprint(describe_model(override(recipe_for(checkpoint), adapter=name).model))
+        for name in ("adapter", str(shipped.folder))
+    )
+    assert first == second
+
+
+@pytest.mark.usefixtures("shipped")
+def test_a_folder_is_not_taken_for_the_adapter_of_its_name_that_ships(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.chdir(tmp_path)
+    table = describe_model(override(recipe_for(checkpoint), adapter="./adapter").model).table
+    assert table.adapter == str(tmp_path / "adapter")
+
+
+def test_an_adapter_that_does_not_exist_is_refused(checkpoint: Path):
+    model = describe_model(override(recipe_for(checkpoint), adapter="no/where").model)
+    for read in (open_weights, fingerprint):
+        with pytest.raises(CheckpointError) as caught:
+            read(model)
+        assert str(caught.value) == "there is no adapter directory no/where; say where it is with --adapter"
+
+
 def test_a_fingerprint_covers_the_adapter(checkpoint: Path, lora: Callable[..., Lora]):
     plain = recipe_for(checkpoint)
     adapted = override(plain, adapter=str(lora().folder))
@@ -218,3 +268,28 @@ def test_an_adapter_without_weights_is_refused(checkpoint: Path, lora: Callable[
     (folder / "adapter_model.safetensors").unlink()
     with pytest.raises(CheckpointError, match=r"adapter_model\.safetensors is missing; fetch it again"):
         with_adapter(checkpoint, folder)
+
+
+@pytest.fixture
+def pickled(checkpoint: Path, lora: Callable[..., Lora]) -> Lora:
+    """Let PEFT save an adapter as it once did."""
+    made = lora()
+    adapted = PeftModel.from_pretrained(LlavaForConditionalGeneration.from_pretrained(checkpoint), made.folder)
+    (made.folder / "adapter_model.safetensors").unlink()
+    adapted.save_pretrained(str(made.folder), safe_serialization=False)
+    return made
+
+
+def test_a_pickled_adapter_is_refused(checkpoint: Path, pickled: Lora):
+    with pytest.raises(CheckpointError) as caught:
+        with_adapter(checkpoint, pickled.folder)
+    assert str(caught.value) == (
+        f"adapter {pickled.folder} holds adapter_model.bin, a pickle, which is not read because it can run code; "
+        "load it with peft and save it again: save_pretrained(DIR, safe_serialization=True)"
+    )
+
+
+def test_a_pickled_adapter_converted_as_the_error_says_is_merged(checkpoint: Path, pickled: Lora):
+    adapted = PeftModel.from_pretrained(LlavaForConditionalGeneration.from_pretrained(checkpoint), pickled.folder)
+    adapted.save_pretrained(str(pickled.folder), safe_serialization=True)
+    assert_merged_as_peft_does(checkpoint, pickled)

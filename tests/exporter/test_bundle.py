@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import signal
 import stat
 import subprocess
 import sys
@@ -41,12 +42,6 @@ def change_manifest(path: Path, change: Callable[[dict[str, Any]], object]) -> N
     table = json.loads((path / MANIFEST).read_text())
     change(table)
     (path / MANIFEST).write_text(json.dumps(table))
-
-
-def ended_process() -> int:
-    process = subprocess.Popen([sys.executable, "-c", ""])
-    process.wait()
-    return process.pid
 
 
 # --- writing
@@ -88,6 +83,19 @@ def test_a_failed_overwrite_keeps_the_old_artefact(copy: Path, tmp_path: Path):
     before = (copy / MANIFEST).read_bytes()
     with pytest.raises(KeyboardInterrupt):
         write_half(copy, KeyboardInterrupt, overwrite=True)
+    assert (copy / MANIFEST).read_bytes() == before
+    assert [path.name for path in tmp_path.iterdir()] == ["copy"]
+
+
+def test_an_overwrite_that_fails_at_the_last_step_puts_the_old_artefact_back(copy: Path, tmp_path: Path):
+    def commit_nothing() -> None:
+        with BundleWriter(copy, overwrite=True) as writer:
+            shutil.rmtree(writer.staging)
+            writer.commit()
+
+    before = (copy / MANIFEST).read_bytes()
+    with pytest.raises(BundleError, match="nothing was left behind"):
+        commit_nothing()
     assert (copy / MANIFEST).read_bytes() == before
     assert [path.name for path in tmp_path.iterdir()] == ["copy"]
 
@@ -153,18 +161,21 @@ def test_a_place_that_was_taken_meanwhile_is_not_overwritten(tmp_path: Path, tin
 
 
 def test_what_a_killed_build_left_is_removed(tmp_path: Path, tiny_full: Bundle):
-    abandoned = tmp_path / f".out.{ended_process()}.abc"
-    (abandoned / "onnx").mkdir(parents=True)
+    code = (
+        "import os, signal, sys; from pathlib import Path; from tokexport.exporter.bundle import BundleWriter\n"
+        "with BundleWriter(Path(sys.argv[1])): os.kill(os.getpid(), signal.SIGKILL)"
+    )
+    ended = subprocess.run([sys.executable, "-c", code, tmp_path / "out"], check=False)
+    assert ended.returncode == -signal.SIGKILL
+    assert [path.is_dir() for path in tmp_path.iterdir()] == [True]
     write_something(tmp_path / "out", tiny_full.manifest)
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
-@pytest.mark.parametrize("name", [".out.{running}.abc", ".other.{ended}.abc", ".out.notes.abc", ".out"])
-def test_what_others_have_beside_the_artefact_stays(tmp_path: Path, tiny_full: Bundle, name: str):
-    beside = tmp_path / name.format(running=os.getpid(), ended=ended_process())
-    beside.mkdir()
-    write_something(tmp_path / "out", tiny_full.manifest)
-    assert beside.is_dir()
+def test_another_build_of_the_same_artefact_is_left_alone(tmp_path: Path, tiny_full: Bundle):
+    with BundleWriter(tmp_path / "out") as writer:
+        write_something(tmp_path / "out", tiny_full.manifest)
+        assert (writer.staging / "onnx").is_dir()
 
 
 def test_a_disk_that_is_too_small_is_refused_before_anything_is_written(tmp_path: Path):
@@ -236,7 +247,7 @@ def test_one_flipped_bit_is_found(copy: Path, name: str):
 def test_a_truncated_file_is_found(copy: Path):
     path = copy / "onnx" / "embed_tokens.onnx_data"
     path.write_bytes(path.read_bytes()[:-1])
-    with pytest.raises(BundleError, match=r"is damaged: 131,071 bytes, expected 131,072; build the artefact again"):
+    with pytest.raises(BundleError, match=r"is damaged: 147,455 bytes, expected 147,456; build the artefact again"):
         Bundle.open(copy)
 
 
@@ -305,15 +316,16 @@ def test_a_damaged_list_of_files_is_refused_as_an_artefact(copy: Path):
 # --- artefacts that share weights
 
 
-def test_a_twin_shares_the_weight_files(checkpoint: Path, copy: Path, tmp_path: Path):
+@pytest.mark.parametrize(("method", "keep"), [("random", 5), ("resize", 9)])
+def test_a_twin_shares_the_weight_files(checkpoint: Path, copy: Path, tmp_path: Path, method: str, keep: int):
     original = Bundle.open(copy)  # a copy, because onnx refuses to load a weight file with two names
     with BundleWriter(tmp_path / "twin") as writer:
-        export(design(recipe_for(checkpoint, {"method": "random", "keep": 5})), writer, twin=original)
+        export(design(recipe_for(checkpoint, {"method": method, "keep": keep})), writer, twin=original)
         twin = writer.commit()
     for graph in GRAPHS:
         first, second = (bundle.graph_path(graph).with_name(f"{graph}.onnx_data") for bundle in (twin, original))
         assert first.samefile(second) or first.read_bytes() == second.read_bytes()
-    assert Bundle.open(twin.path, check_all=True).plan.entering_llm == 5
+    assert Bundle.open(twin.path, check_all=True).plan.entering_llm == keep
 
 
 # --- single files

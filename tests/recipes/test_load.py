@@ -250,6 +250,24 @@ def test_random_weights_of_a_named_checkpoint_stay_random():
     assert (recipe.model.checkpoint, recipe.model.weights, recipe.model.num_layers) == ("some/where", "random", 8)
 
 
+ADAPTED = parsed(model={**MODEL, "adapter": "tuned"})
+
+
+@pytest.mark.parametrize("options", [{"model": "some/where"}, {"weights": "random"}], ids=["model", "random weights"])
+def test_other_weights_are_taken_without_the_adapter_of_the_recipe(options: dict[str, str]):
+    assert override(ADAPTED, **options).model.adapter is None
+
+
+@pytest.mark.parametrize("options", [{"model": "some/where"}, {"weights": "random"}], ids=["model", "random weights"])
+def test_other_weights_are_taken_with_the_adapter_that_is_given(options: dict[str, str]):
+    assert override(ADAPTED, adapter="mine", **options).model.adapter == "mine"
+
+
+@pytest.mark.parametrize("options", [{"dtype": "float16"}, {"weights": "checkpoint"}], ids=["precision", "weights"])
+def test_the_weights_of_the_recipe_keep_its_adapter(options: dict[str, str]):
+    assert override(ADAPTED, **options).model.adapter == "tuned"
+
+
 def test_an_override_without_values_changes_nothing():
     assert override(load_recipe("llava15_adsc")) == load_recipe("llava15_adsc")
 
