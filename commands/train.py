@@ -8,6 +8,7 @@ import click
 
 from tokexport.commands.options import output_options, recipe_from, recipe_options
 from tokexport.engines.terminal import Terminal
+from tokexport.errors import InputError
 
 
 @click.group()
@@ -74,6 +75,10 @@ def adsc(
     from tokexport.training.loop import Schedule
     from tokexport.training.tuning_data import llava_material, made_material
 
+    useless = {"images": images if data is None else None, "adapter": options["adapter"], "dtype": options["dtype"]}
+    for name, value in useless.items():
+        if value is not None:
+            raise InputError(f"--{name} {value} has no effect on this tuning; leave it out")
     tuning = Tuning(
         schedule=Schedule(num_steps=steps, batch_size=batch_size, accumulate=accumulate, learning_rate=learning_rate),
         gradient_checkpointing=gradient_checkpointing,

@@ -5,22 +5,25 @@ and its steps are not published; both readings are here, and none for comparison
 """
 
 import math
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from safetensors import SafetensorError
 from transformers import LlavaForConditionalGeneration
 
 from tokexport.errors import RecipeError, TrainingError
-from tokexport.exporter.checkpoint import open_weights
+from tokexport.exporter.checkpoint import Model, fingerprint, open_weights
 from tokexport.exporter.export import Design
 from tokexport.exporter.method import arriving_plans
 from tokexport.exporter.methods.adsc import Adsc
 from tokexport.exporter.plan import squarest_grid
 from tokexport.training.compressed import CompressedLlava, Thinning
-from tokexport.training.loop import Listener, Schedule, fit
+from tokexport.training.loop import Listener, Schedule, attention_for, fit, make_accelerator
+from tokexport.training.progress_bars import without_progress_bars
 from tokexport.training.tuning_data import Material
 
 try:
@@ -83,12 +86,16 @@ def tune(made: Design, material: Material, tuning: Tuning, folder: Path, *, list
     """
     stages = curriculum(made, tuning.curriculum)
     torch.manual_seed(tuning.seed)
-    llava = load_llava(made)
+    llava, accelerator = load_llava(made), make_accelerator()
+    llava.set_attn_implementation(attention_for(accelerator.device))
     config = LoraConfig(r=tuning.rank, lora_alpha=2 * tuning.rank, target_modules=_LINEAR_LAYERS)
-    tuned: Any = get_peft_model(llava, config)
+    with warnings.catch_warnings():
+        # PEFT asks transformers in an older way.
+        warnings.simplefilter("ignore", FutureWarning)
+        tuned: Any = get_peft_model(llava, config)
     model = CompressedLlava(tuned.base_model.model, stages[0])
     if tuning.gradient_checkpointing:
-        llava.gradient_checkpointing_enable()
+        llava.activation_checkpointing_enable()
         llava.enable_input_require_grads()
     length = tuning.schedule.num_steps
 
@@ -105,6 +112,8 @@ def tune(made: Design, material: Material, tuning: Tuning, folder: Path, *, list
             "curriculum": tuning.curriculum,
             "rank": tuning.rank,
             "seed": tuning.seed,
+            "model": fingerprint(_without_adapter(made.model))[:12],
+            "data": material.name,
             "bottlenecks": {layer: list(thinning.index) for layer, thinning in stages[-1].items()},
             "positions": [thinning.positions for thinning in stages[-1].values()],
         },
@@ -112,8 +121,19 @@ def tune(made: Design, material: Material, tuning: Tuning, folder: Path, *, list
         before_step=narrow,
         listener=listener,
     )
-    tuned.save_pretrained(folder / "adapter")
+    if accelerator.is_main_process:
+        _store(tuned, folder / "adapter", made.model.table.checkpoint)
+    accelerator.wait_for_everyone()
     return folder / "adapter"
+
+
+def _store(tuned: Any, folder: Path, checkpoint: str) -> None:
+    tuned.peft_config["default"].base_model_name_or_path = checkpoint
+    try:
+        # Embeddings were not tuned; to find that out, PEFT would ask the hub for the base model.
+        tuned.save_pretrained(folder, save_embedding_layers=False)
+    except (OSError, SafetensorError) as error:
+        raise TrainingError(f"{folder} cannot be written ({error}); free some room or choose another folder") from error
 
 
 def stage_at(done: float, num_stages: int) -> int:
@@ -147,8 +167,9 @@ def eased(made: Design, method: Adsc, share: float) -> Adsc:
     targets = [made.plans[-1].per_layer[drop.layer] for drop in method.drops]
     keeps: list[int] = []
     before, grid = arriving, spec.vision_grid
-    for target in targets:
-        keep = max(2, min(before - 1, round(arriving * (target / arriving) ** share)))
+    for number, target in enumerate(targets, start=1):
+        least = 2 + len(targets) - number  # leaves one token for each bottleneck that follows to drop
+        keep = max(least, min(before - 1, round(arriving * (target / arriving) ** share)))
         if method.pattern == "grid":
             keep, grid = _nearest_grid(spec.vision_grid, grid, keep)
         keeps.append(keep)
@@ -165,14 +186,18 @@ def load_llava(made: Design) -> LlavaForConditionalGeneration:
         CheckpointError: the weights do not fit.
     """
     dtype = torch.bfloat16 if torch.cuda.is_available() else torch.float32
+    weights = open_weights(_without_adapter(made.model))  # names what does not fit
     if made.model.table.weights == "checkpoint":
-        open_weights(replace(made.model, table=replace(made.model.table, adapter=None)))  # names what does not fit
-        llava: Any = LlavaForConditionalGeneration.from_pretrained(made.model.directory, dtype=dtype)
+        with without_progress_bars():
+            llava: Any = LlavaForConditionalGeneration.from_pretrained(made.model.directory, dtype=dtype)
         return llava
-    weights = open_weights(made.model)
     llava = made.model.family.reference_model(made.model.config)
     llava.load_state_dict({name: weights.load(name) for name in weights.shapes}, strict=False)
     return llava.to(dtype)
+
+
+def _without_adapter(model: Model) -> Model:
+    return replace(model, table=replace(model.table, adapter=None))
 
 
 def _thinnings(made: Design, method: Adsc) -> dict[int, Thinning]:

@@ -92,7 +92,8 @@ class CompressedLlava(nn.Module):
             thinning = self.thinnings.get(index)
             if thinning is not None:
                 stay_BU = kept_places(is_image_BT, thinning.index)
-                is_image_BT = is_image_BT.gather(1, stay_BU.clamp(min=0))
+                # A row's padding repeats its first token, which may be the image's.
+                is_image_BT = is_image_BT.gather(1, stay_BU.clamp(min=0)) & (stay_BU >= 0)
                 target_BT = target_BT.gather(1, stay_BU.clamp(min=0)).masked_fill(stay_BU < 0, NO_LABEL)
                 stay_BU = stay_BU.clamp(min=0)
                 hidden_BTD = hidden_BTD.gather(1, stay_BU.unsqueeze(-1).expand(-1, -1, hidden_BTD.shape[-1]))
@@ -102,10 +103,19 @@ class CompressedLlava(nn.Module):
                     else torch.arange(stay_BU.shape[1], device=stay_BU.device).expand_as(stay_BU)
                 )
                 angles = text.rotary_emb(hidden_BTD, position_ids=position_BT)
-            # Rows are padded on the right, where no token before can look, so the causal mask is mask enough,
-            # and without another one the attention is a fused one.
-            hidden_BTD = layer(hidden_BTD, attention_mask=None, position_embeddings=angles)
+            hidden_BTD = layer(hidden_BTD, attention_mask=self._mask(hidden_BTD), position_embeddings=angles)
         return hidden_BTD, target_BT
+
+    def _mask(self, hidden_BTD: Tensor) -> Tensor | None:
+        """Return what attention needs to be causal, (1, 1, T, T): a fused one nothing.
+
+        Rows are padded on the right, where no token before can look, so that is mask enough.
+        """
+        if self._text_model.config._attn_implementation != "eager":
+            return None
+        length = hidden_BTD.shape[1]
+        unseen_TT = torch.ones(length, length, dtype=torch.bool, device=hidden_BTD.device).triu(1)
+        return torch.zeros(1, 1, length, length, device=hidden_BTD.device).masked_fill(unseen_TT, -torch.inf)
 
 
 def kept_places(is_image_BT: Tensor, index: Sequence[int]) -> Tensor:

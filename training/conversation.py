@@ -28,11 +28,15 @@ class ConversationEncoder:
         self._image_token: str = processor.image_token
         self._image_token_id: int = self._tokenizer.convert_tokens_to_ids(self._image_token)
         self._num_image_tokens = num_image_tokens
+        self._special = {number for number, token in self._tokenizer.added_tokens_decoder.items() if token.special}
 
     def encode(
         self, turns: Sequence[tuple[str, str]], *, has_image: bool, max_text_tokens: int | None = None
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Return token ids, labels and the turn that each label belongs to, (T,) each.
+
+        Where the template writes nothing that ends an answer, the label behind it is the tokenizer's last token all
+        the same, as the model has to say it.
 
         Args:
             turns: questions and answers.
@@ -47,16 +51,26 @@ class ConversationEncoder:
         encoded = self._tokenizer(text, add_special_tokens=is_bare, return_offsets_mapping=True)
         ids: list[int] = encoded["input_ids"]
         turn_of = [_answer_at(start, end, answers) for start, end in encoded["offset_mapping"]]
-        if max_text_tokens is not None:
-            ids, turn_of = _whole_turns(ids, turn_of, max_text_tokens)
-        spread_ids: list[int] = []
-        spread_turns: list[int] = []
-        for token, turn in zip(ids, turn_of, strict=True):
-            count = self._num_image_tokens if token == self._image_token_id else 1
-            spread_ids += [token] * count
-            spread_turns += [turn] * count
-        ids_T, turn_T = torch.tensor(spread_ids), torch.tensor(spread_turns)
-        return ids_T, ids_T.masked_fill(turn_T < 0, NO_LABEL), turn_T
+        labels = [token if turn >= 0 else NO_LABEL for token, turn in zip(ids, turn_of, strict=True)]
+        self._label_stops(ids, labels, turn_of)
+        length = len(ids) if max_text_tokens is None else _length_of_whole_turns(turn_of, max_text_tokens)
+        counts = torch.tensor(
+            [self._num_image_tokens if token == self._image_token_id else 1 for token in ids[:length]]
+        )
+        ids_T, labels_T, turn_T = (torch.tensor(part[:length]) for part in (ids, labels, turn_of))
+        return ids_T.repeat_interleave(counts), labels_T.repeat_interleave(counts), turn_T.repeat_interleave(counts)
+
+    def _label_stops(self, ids: list[int], labels: list[int], turn_of: list[int]) -> None:
+        """Make what follows an answer the label of a stop, where the answer does not end with one."""
+        stop = self._tokenizer.eos_token_id
+        for end in _ends(turn_of):
+            if ids[end - 1] in self._special:
+                continue
+            if end == len(ids):
+                ids.append(stop)
+                labels.append(stop)
+                turn_of.append(turn_of[-1])
+            labels[end], turn_of[end] = stop, turn_of[end - 1]
 
     def _render(self, turns: Sequence[tuple[str, str]], *, has_image: bool) -> tuple[str, list[tuple[int, int]]]:
         """Return the whole text and where each answer with its stop token lies in it."""
@@ -87,12 +101,16 @@ def _answer_at(start: int, end: int, answers: Sequence[tuple[int, int]]) -> int:
     return next((i for i, (first, last) in enumerate(answers) if start >= first and end <= last and end > start), -1)
 
 
-def _whole_turns(ids: list[int], turn_of: list[int], most: int) -> tuple[list[int], list[int]]:
-    """Cut behind the last answer that ends within ``most`` tokens."""
-    ends = [i + 1 for i in range(len(ids)) if turn_of[i] >= 0 and (i + 1 == len(ids) or turn_of[i + 1] != turn_of[i])]
+def _ends(turn_of: Sequence[int]) -> list[int]:
+    """Return the places behind the answers."""
+    lasts = zip(turn_of, [*turn_of[1:], -1], strict=True)
+    return [place for place, (turn, following) in enumerate(lasts, start=1) if turn >= 0 and following != turn]
+
+
+def _length_of_whole_turns(turn_of: Sequence[int], most: int) -> int:
+    """Return where the last answer ends that ends within ``most`` tokens."""
+    ends = _ends(turn_of)
     fitting = [end for end in ends if end <= most]
     if not fitting:
-        raise TrainingError(
-            f"the first turn takes {ends[0] if ends else len(ids)} text tokens, more than {most}; allow more of them"
-        )
-    return ids[: fitting[-1]], turn_of[: fitting[-1]]
+        raise TrainingError(f"the first turn takes {ends[0]} text tokens, more than {most}; allow more of them")
+    return fitting[-1]

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import Dataset
@@ -43,10 +43,11 @@ def read_records(path: Path, images: Path) -> list[Record]:
         found = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise InputError(f"{path} cannot be read ({error.strerror}); give a file in LLaVA's format") from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise InputError(f"{path} is no JSON in UTF-8 ({error}); give a file in LLaVA's format") from error
     if not isinstance(found, list) or not found:
-        raise InputError(f"{path} holds {type(found).__name__}, expected a list of at least one conversation")
+        what = "an empty list" if found == [] else type(found).__name__
+        raise InputError(f"{path} holds {what}, expected a list of at least one conversation")
     return [_record(entry, f"{path}, entry {number}", images) for number, entry in enumerate(found)]
 
 
@@ -92,7 +93,7 @@ class LlavaConversations(Dataset[dict[str, Any]]):
         try:
             with Image.open(path) as image:
                 found = self._image_processor(images=[image.convert("RGB")], return_tensors="pt")
-        except (OSError, UnidentifiedImageError, Image.DecompressionBombError) as error:
+        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
             raise InputError(f"{path} cannot be read as an image ({error}); replace it or remove its entry") from error
         return found["pixel_values"][0]
 
@@ -141,9 +142,11 @@ def _record(entry: Any, where: str, images: Path) -> Record:
             f"it holds {len(said) if isinstance(said, list) else type(said).__name__}"
         )
     texts = [_text(message, f"{where}, conversations {i}", ("human", "gpt")[i % 2]) for i, message in enumerate(said)]
-    marked = [i for i, text in enumerate(texts) if _IMAGE in text]
+    marked = [i for i, text in enumerate(texts) for _ in range(text.count(_IMAGE))]
     image = entry.get("image")
-    if marked != ([0] if image is not None else []) or texts[0].count(_IMAGE) > 1:
+    if not (image is None or (isinstance(image, str) and image)):
+        raise InputError(f"{where}: image is {image!r}, expected the path of a file below the folder of the images")
+    if marked != ([0] if image is not None else []):
         raise InputError(
             f"{where}: {_IMAGE} stands in messages {marked}; it must stand once, in message 0, where there is an "
             "image, and nowhere else"
@@ -153,8 +156,8 @@ def _record(entry: Any, where: str, images: Path) -> Record:
     for kind, listed in (("question", questions), ("answer", answers)):
         if "" in listed:
             raise InputError(f"{where}: {kind} {listed.index('')} is empty; every {kind} needs words")
-    path = None if image is None else images / str(image)
-    if path is not None and not path.is_file():
+    path = None if image is None else images / image
+    if path is not None and not _is_file(path):
         raise InputError(f"{where}: there is no image {path}; give the folder of the images with --images")
     return Record(image=path, turns=tuple(zip(questions, answers, strict=True)))
 
@@ -165,6 +168,17 @@ def _text(message: Any, where: str, speaker: str) -> str:
     for field in ("from", "value"):
         if not isinstance(message.get(field), str):
             raise InputError(f"{where} has no text in {field}{nearest(field, list(message))}")
+    if any("\ud800" <= character <= "\udfff" for character in message["value"]):
+        raise InputError(
+            f"{where}: value holds half a character, an unpaired surrogate; write it whole or leave it out"
+        )
     if message["from"] != speaker:
         raise InputError(f'{where}: from is {message["from"]!r}, expected "{speaker}"; questions and answers alternate')
     return message["value"]
+
+
+def _is_file(path: Path) -> bool:
+    try:
+        return path.is_file()
+    except OSError:  # a name too long, or a folder that may not be entered
+        return False

@@ -3,6 +3,7 @@
 Devices, mixed precision, several GPUs and accumulation are the business of ``accelerate``.
 """
 
+import contextlib
 import json
 import math
 import shutil
@@ -10,13 +11,13 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, Subset
 
-from tokexport.errors import TrainingError
+from tokexport.errors import TokexportError, TrainingError, nearest
 from tokexport.training.memory import keep_freed_memory
 from tokexport.training.state import TrainingState, load_state, save_state
 
@@ -28,6 +29,8 @@ except ImportError as error:
     ) from error
 
 STATE_FILE, LOG_FILE = "state.safetensors", "log.jsonl"
+
+Optimizer = Literal["adamw", "muon"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,7 +55,7 @@ class Schedule:
     num_steps: int
     batch_size: int
     learning_rate: float
-    optimizer: Literal["adamw", "muon"] = "adamw"
+    optimizer: Optimizer = "adamw"
     accumulate: int = 1
     warmup: float = 0.03
     weight_decay: float = 0.05
@@ -61,7 +64,7 @@ class Schedule:
     save_minutes: float = 5.0
 
     def __post_init__(self) -> None:
-        for name in ("num_steps", "batch_size", "accumulate"):
+        for name in ("num_steps", "batch_size", "accumulate", "log_every"):
             if getattr(self, name) < 1:
                 raise TrainingError(f"{name} = {getattr(self, name)} must be at least 1")
         if self.batch_size % self.accumulate:
@@ -69,8 +72,16 @@ class Schedule:
                 f"accumulate = {self.accumulate} must divide the batch size {self.batch_size}, so that all parts are "
                 "alike"
             )
-        if not 0 < self.learning_rate < math.inf:
-            raise TrainingError(f"learning_rate = {self.learning_rate} must be a number above 0")
+        for name in ("learning_rate", "max_grad_norm"):
+            if not 0 < getattr(self, name) < math.inf:
+                raise TrainingError(f"{name} = {getattr(self, name)} must be a number above 0")
+        for name in ("warmup", "weight_decay"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise TrainingError(f"{name} = {getattr(self, name)} must be from 0 to 1")
+        if self.optimizer not in get_args(Optimizer):
+            raise TrainingError(
+                f"there is no optimizer {self.optimizer!r}{nearest(self.optimizer, [*get_args(Optimizer)])}"
+            )
 
     def rate(self, step: int) -> float:
         """Return the learning rate of a step, as a share of the highest."""
@@ -128,6 +139,7 @@ def fit(
     Raises:
         TrainingError: a loss that is no number, too little memory, a checkpoint of another run or a full disk.
     """
+    _make_folder(folder)
     listener = listener or Listener()
     accelerator = make_accelerator(schedule.accumulate)
     if accelerator.device.type == "cpu":
@@ -147,26 +159,27 @@ def fit(
     prepared, batches, *stepped = accelerator.prepare(objective, batches, *optimizers)
     clock, saved, meter = time.monotonic() - state.seconds, time.monotonic(), _Meter()
     prepared.train()
-    stream = iter(batches)
-    for step in range(state.step, schedule.num_steps):
-        before_step(step)
-        for group in (group for optimizer in stepped for group in optimizer.param_groups):
-            group["lr"] = schedule.learning_rate * schedule.rate(step)
-        with _explained(schedule):
-            meter.add(*_step(prepared, stream, stepped, accelerator, schedule))
-        meter.require_finite(stage, step)
-        listener.tick(step + 1, schedule.num_steps)
-        seconds = time.monotonic() - clock
-        is_last = step + 1 == schedule.num_steps
-        if accelerator.is_main_process and ((step + 1) % schedule.log_every == 0 or is_last):
-            line = {"stage": stage, "step": step + 1, "seconds": round(seconds, 1), **meter.read()}
-            line["learning_rate"] = schedule.learning_rate * schedule.rate(step)
-            _append(folder / LOG_FILE, line)
-            listener.note(", ".join(f"{key} {_short(value)}" for key, value in line.items()))
-        if accelerator.is_main_process and (is_last or time.monotonic() - saved > 60 * schedule.save_minutes):
-            state = TrainingState(run=run, step=step + 1, seconds=seconds)
-            save_state(state_path, state, objective, optimizers)
-            saved = time.monotonic()
+    # Closed, it ends the processes that make examples, also where the run was stopped.
+    with contextlib.closing(iter(batches)) as stream:
+        for step in range(state.step, schedule.num_steps):
+            before_step(step)
+            for group in (group for optimizer in stepped for group in optimizer.param_groups):
+                group["lr"] = schedule.learning_rate * schedule.rate(step)
+            with _explained(schedule):
+                meter.add(*_step(prepared, stream, stepped, accelerator, schedule))
+            meter.require_finite(stage, step)
+            listener.tick(step + 1, schedule.num_steps)
+            seconds = time.monotonic() - clock
+            is_last = step + 1 == schedule.num_steps
+            if accelerator.is_main_process and ((step + 1) % schedule.log_every == 0 or is_last):
+                line = {"stage": stage, "step": step + 1, "seconds": round(seconds, 1), **meter.read()}
+                line["learning_rate"] = schedule.learning_rate * schedule.rate(step)
+                _append(folder / LOG_FILE, line)
+                listener.note(", ".join(f"{key} {_short(value)}" for key, value in line.items()))
+            if accelerator.is_main_process and (is_last or time.monotonic() - saved > 60 * schedule.save_minutes):
+                state = TrainingState(run=run, step=step + 1, seconds=seconds)
+                save_state(state_path, state, objective, optimizers)
+                saved = time.monotonic()
 
 
 def make_accelerator(accumulate: int = 1) -> "Accelerator":
@@ -177,6 +190,15 @@ def make_accelerator(accumulate: int = 1) -> "Accelerator":
     return Accelerator(
         mixed_precision="bf16" if has_bf16 else "no", gradient_accumulation_steps=accumulate, cpu=not has_cuda
     )
+
+
+def attention_for(device: torch.device) -> str:
+    """Return the attention of ``transformers`` that trains fastest.
+
+    On a CPU plain matrix products are: the backward pass of the fused attention makes a step of the
+    mini model 1.7 times as long.
+    """
+    return "eager" if device.type == "cpu" else "sdpa"
 
 
 def can_compile(device: torch.device) -> bool:
@@ -226,7 +248,7 @@ class _Meter:
         if wrong:
             raise TrainingError(
                 f"stage {stage}, step {step + 1}: the {wrong[0]} is {self._last[wrong[0]]}; the last checkpoint is "
-                "kept; go on from it with a lower learning rate or smaller clipping"
+                "kept; start in another folder with a lower learning rate or smaller clipping"
             )
 
     def read(self) -> dict[str, float]:
@@ -275,14 +297,13 @@ def _batches(
         batch_size=schedule.batch_size // schedule.accumulate,
         num_workers=1 if accelerator.device.type == "cpu" else 8,
         collate_fn=collate,
-        persistent_workers=True,
         prefetch_factor=4,
         pin_memory=accelerator.device.type == "cuda",
     )
 
 
 class _explained:  # noqa: N801 - reads as a word where it is used
-    """Turn what PyTorch says when memory runs out into what to do about it."""
+    """Turn what PyTorch says when memory runs out, or an example cannot be made, into what to do about it."""
 
     def __init__(self, schedule: Schedule) -> None:
         self._schedule = schedule
@@ -295,15 +316,34 @@ class _explained:  # noqa: N801 - reads as a word where it is used
             isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
         )
         if is_memory:
-            half = max(1, self._schedule.batch_size // self._schedule.accumulate // 2)
-            raise TrainingError(
-                f"there is not enough memory for {self._schedule.batch_size // self._schedule.accumulate} examples at "
-                f"once; try --batch-size {half}, or --accumulate {2 * self._schedule.accumulate} for the same result"
-            ) from error
+            raise TrainingError(f"there is not enough memory for {_advice(self._schedule)}") from error
+        if isinstance(error, TokexportError):
+            # From the process that makes examples, PyTorch hands on a whole traceback, its last line the error.
+            last_line = str(error).rstrip().rpartition("\n")[2]
+            raise type(error)(
+                last_line.removeprefix(f"{type(error).__module__}.{type(error).__qualname__}: ")
+            ) from None
+
+
+def _advice(schedule: Schedule) -> str:
+    at_once = schedule.batch_size // schedule.accumulate
+    if at_once == 1:
+        return "a single example; take gradient checkpointing, a smaller model or a machine with more"
+    parts = next(n for n in range(schedule.accumulate + 1, schedule.batch_size + 1) if schedule.batch_size % n == 0)
+    return (
+        f"{at_once} examples at once; try a batch size of {at_once // 2 * schedule.accumulate}, or "
+        f"accumulate = {parts} for nearly the same result"
+    )
+
+
+def _make_folder(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise TrainingError(f"{folder} cannot be made ({error.strerror}); choose another folder") from error
 
 
 def _append(path: Path, line: Mapping[str, Any]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a", encoding="utf-8") as file:
         file.write(json.dumps(line) + "\n")
 

@@ -1,7 +1,7 @@
 """Training of the bundled mini model, in the order in which LLaVA itself was trained.
 
-The vision tower first learns to see (what does each patch show?), then the language model to talk about
-what a frozen tower sees, then both together.
+The vision tower first learns to see (what does each patch show?), the projector to name what is seen, then the
+language model to talk about what a frozen tower sees, and at last all of them together.
 
 B images, N vision tokens, C width of the tower
 """
@@ -15,20 +15,24 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.data import Dataset
 from transformers import LlavaConfig, LlavaForConditionalGeneration, LlavaProcessor
 
 import tokexport.recipes
+from tokexport.dialogues.questions import KINDS
 from tokexport.dialogues.scene import BACKGROUNDS, CATEGORIES, COLOURS, SIZES, TEXTURES
+from tokexport.errors import TrainingError
 from tokexport.training.compressed import CompressedLlava
 from tokexport.training.conversation import ConversationEncoder
-from tokexport.training.loop import Listener, Schedule, fit
-from tokexport.training.mini_data import CELLS, PATCHES, Conversations, CrowdedScenes
+from tokexport.training.curve import draw_curve
+from tokexport.training.loop import Listener, Schedule, attention_for, fit, make_accelerator
+from tokexport.training.mini_data import CELLS, PATCHES, Captions, Conversations, CrowdedScenes
+from tokexport.training.progress_bars import without_progress_bars
 
 WEIGHTS_FILE = "model.safetensors"
-TEXT_TOKENS = 384
 
 # What each patch is asked for, in how many classes, and how much it counts.
 _PATCH_TASKS = {
@@ -39,11 +43,17 @@ _PATCH_TASKS = {
     "background": (len(BACKGROUNDS), 0.1),
     "texture": (len(TEXTURES), 0.1),
 }
+# The words for what a patch shows; all but the background's are of objects.
+_PATCH_WORDS = {"category": CATEGORIES, "colour": tuple(COLOURS), "size": SIZES, "background": tuple(BACKGROUNDS)}
+_UNNAMED = {"row": PATCHES, "column": PATCHES, "centre": 2, "texture": len(TEXTURES)}
+_NAME_SHARPNESS = 0.11
 # Most patches show no object; without a weight the tower learns for long to say so.
 _EMPTY_WEIGHT = 0.2
 _COVER_STATE, _COVER_WEIGHT = 2, 5.0
 # How the tower starts, see start_locally; offsets are rows and columns.
 _LONGEST_WAVE, _NUM_LOCAL_LAYERS, _SHARPNESS = 100.0, 3, 1.1
+# How the language model starts, see start_by_likeness.
+_NUM_LIKENESS_LAYERS, _LIKENESS, _SLOW, _LOUDNESS = 3, 2.5, 2e-3, 15.0
 _OFFSETS = ((0.0, 0.0), (1.6, 0.0), (-1.6, 0.0), (0.0, 1.6), (0.0, -1.6))
 
 
@@ -55,11 +65,15 @@ class Stage:
         name: of its folder and in the log.
         trained: beginnings of the names of the parameters that learn.
         schedule: how long and how fast.
+        kinds: of questions; where there are none, pictures are described.
+        text_tokens: of a conversation.
     """
 
     name: str
     trained: tuple[str, ...]
     schedule: Schedule
+    kinds: tuple[str, ...] = KINDS
+    text_tokens: int = 384
 
 
 TOWER, PROJECTOR = "model.vision_tower.", "model.multi_modal_projector."
@@ -72,14 +86,34 @@ STAGES = (
         schedule=Schedule(num_steps=5200, batch_size=4, learning_rate=2e-3, optimizer="muon", log_every=50),
     ),
     Stage(
+        name="name",
+        trained=(PROJECTOR,),
+        schedule=Schedule(num_steps=600, batch_size=8, learning_rate=3e-3),
+    ),
+    Stage(
+        name="tell",
+        # Not the words: what images are made of would no longer be like them.
+        trained=("model.language_model.layers.", "model.language_model.norm.", "lm_head."),
+        schedule=Schedule(num_steps=700, batch_size=8, learning_rate=2e-3, optimizer="muon"),
+        kinds=(),
+        text_tokens=96,
+    ),
+    Stage(
+        name="look",
+        trained=("model.language_model.layers.", "model.language_model.norm.", "lm_head."),
+        schedule=Schedule(num_steps=1000, batch_size=4, learning_rate=2e-3, optimizer="muon"),
+        kinds=("attribute", "reading", "location"),
+        text_tokens=192,
+    ),
+    Stage(
         name="talk",
         trained=(PROJECTOR, *LANGUAGE),
-        schedule=Schedule(num_steps=3000, batch_size=8, learning_rate=2e-3, optimizer="muon"),
+        schedule=Schedule(num_steps=2400, batch_size=8, learning_rate=2e-3, optimizer="muon"),
     ),
     Stage(
         name="join",
         trained=(TOWER, PROJECTOR, *LANGUAGE),
-        schedule=Schedule(num_steps=1000, batch_size=8, learning_rate=5e-4, optimizer="muon"),
+        schedule=Schedule(num_steps=400, batch_size=8, learning_rate=5e-4, optimizer="muon"),
     ),
 )
 
@@ -135,6 +169,55 @@ class PatchReader(nn.Module):
         return loss, figures
 
 
+class PatchNamer(nn.Module):
+    """Makes the projection of every patch the sum of the words for what it shows.
+
+    What the language model then reads of an image is like text, and it can look up what it is asked for by likeness.
+    """
+
+    def __init__(self, llava: LlavaForConditionalGeneration, normalizer: PixelNormalizer, tokenizer: Any) -> None:
+        super().__init__()
+        self.llava, self.normalizer = llava, normalizer
+        for task, words in _PATCH_WORDS.items():
+            ids = tokenizer([f" {word}" for word in words], add_special_tokens=False)["input_ids"]
+            assert all(len(pieces) == 1 for pieces in ids), f"a {task} is more than one token: {words}"
+            self.register_buffer(task, torch.tensor(ids)[:, 0], persistent=False)
+        # What there are no words for has to pass too: where a patch is, and what the tower was asked besides.
+        width: int = llava.config.get_text_config().hidden_size
+        self.heads = nn.ModuleDict({name: nn.Linear(width, classes) for name, classes in _UNNAMED.items()})
+        places_N = torch.arange(PATCHES**2)
+        self.register_buffer("row_N", places_N // PATCHES, persistent=False)
+        self.register_buffer("column_N", places_N % PATCHES, persistent=False)
+
+    def forward(self, pixels: Tensor, **labels: Tensor) -> tuple[Tensor, Mapping[str, Tensor]]:
+        """Return the cross entropy over the words of every kind, and which share of the patches was named right."""
+        llava: Any = self.llava
+        with torch.no_grad():
+            states = llava.model.vision_tower(self.normalizer(pixels), output_hidden_states=True).hidden_states
+            table_WD = llava.get_input_embeddings().weight.float()
+        features_BNC = states[llava.config.vision_feature_layer][:, 1:]
+        projected_BND = llava.model.multi_modal_projector(features_BNC).float()
+        scale = projected_BND.pow(2).mean(-1, keepdim=True).add(1e-8).sqrt()
+        # Words and images are to enter the language model equally loud.
+        loss = (scale / table_WD.std() - 1).pow(2).mean()
+        figures: dict[str, Tensor] = {"scale": scale.mean() / table_WD.std()}
+        is_object_BN = labels["category"] > 0
+        for task in _PATCH_WORDS:
+            chosen_BN, first = (~is_object_BN, 0) if task == "background" else (is_object_BN, 1)
+            words_KD = table_WD[self.get_buffer(task)] / table_WD.std()
+            logits_XK = _NAME_SHARPNESS * (projected_BND / scale)[chosen_BN] @ words_KD.T
+            wanted_X = labels[task][chosen_BN] - first
+            loss = loss + functional.cross_entropy(logits_XK, wanted_X)
+            figures[task] = (logits_XK.argmax(-1) == wanted_X).float().mean()
+        places = {"row": self.get_buffer("row_N"), "column": self.get_buffer("column_N")}
+        for name, head in self.heads.items():
+            logits_YK = head(projected_BND / scale).float().flatten(0, 1)
+            wanted_Y = places[name].repeat(len(pixels)) if name in places else labels[name].flatten()
+            loss = loss + functional.cross_entropy(logits_YK, wanted_Y)
+            figures[name] = (logits_YK.argmax(-1) == wanted_Y).float().mean()
+        return loss, figures
+
+
 class Talker(nn.Module):
     """Answers the questions of conversations about images given as bytes."""
 
@@ -163,10 +246,9 @@ def train_mini(
     source = bundled_mini()
     torch.manual_seed(seed)
     llava = LlavaForConditionalGeneration(LlavaConfig.from_pretrained(source))
-    # On a CPU the fused attention's backward pass is twice as slow as matrix products, which the language model
-    # takes into account as its attention is causal.
-    llava.set_attn_implementation({"vision_config": "sdpa" if torch.cuda.is_available() else "eager"})
+    llava.set_attn_implementation(attention_for(make_accelerator().device))
     start_locally(llava)
+    start_by_likeness(llava)
     processor = LlavaProcessor.from_pretrained(source)
     normalizer = PixelNormalizer(processor)
     for number, stage in enumerate(stages):
@@ -182,6 +264,7 @@ def train_mini(
             compiled=compiled_parts(llava),
             listener=listener,
         )
+    draw_curve(folder, [stage.name for stage in stages])
     return write_checkpoint(llava, folder / "checkpoint")
 
 
@@ -243,23 +326,57 @@ def _look_around(attention: Any, frequency_F: Tensor) -> None:
                 )
 
 
+def start_by_likeness(llava: LlavaForConditionalGeneration) -> None:
+    """Start the first layers of the language model such that tokens look at tokens like themselves.
+
+    Keys start as queries do (arXiv 2305.09828), in the part of a head that rotates least: the word for a shape then
+    looks at the patches that are named by it, from the first step on. Otherwise the model guesses from the words
+    alone for long.
+    """
+    text: Any = llava.model.language_model
+    half = text.config.head_dim // 2
+    # Loud enough that what the first layers add does not drown the words.
+    text.embed_tokens.weight.data.mul_(_LOUDNESS)
+    # A pair of a head's dimensions turns by this angle from one token to the next.
+    slow_F = (text.rotary_emb.inv_freq < _SLOW).nonzero()[:, 0]
+    with torch.no_grad():
+        for layer in text.layers[:_NUM_LIKENESS_LAYERS]:
+            attention = layer.self_attn
+            for head in range(text.config.num_attention_heads - 1):
+                rows = head * 2 * half + torch.cat((slow_F, slow_F + half))
+                spread = _LIKENESS * (text.config.head_dim**0.5 / (len(rows) * text.config.hidden_size)) ** 0.5
+                attention.q_proj.weight[rows] = spread * torch.randn(len(rows), text.config.hidden_size)
+                attention.k_proj.weight[rows] = attention.q_proj.weight[rows]
+
+
 def compiled_parts(llava: LlavaForConditionalGeneration) -> list[nn.Module]:
     """Return the modules worth compiling: they run often, with tensors of one size."""
     return [*llava.model.vision_tower.encoder.layers, *llava.model.language_model.layers]
 
 
 def write_checkpoint(llava: LlavaForConditionalGeneration, folder: Path) -> Path:
-    """Write weights in float16 beside configuration, tokenizer and processor of the bundled model."""
-    if folder.exists():
-        shutil.rmtree(folder)
-    shutil.copytree(bundled_mini(), folder, ignore=shutil.ignore_patterns(WEIGHTS_FILE))
-    configuration = (folder / "config.json").read_bytes()
+    """Write weights in float16 beside configuration, tokenizer and processor of the bundled model.
+
+    Raises:
+        TrainingError: the folder cannot be written.
+    """
     replica = LlavaForConditionalGeneration(llava.config)
     replica.load_state_dict(llava.state_dict())
-    replica.half().save_pretrained(folder)
-    # save_pretrained notes the precision of the weights; the model is what it was.
-    (folder / "config.json").write_bytes(configuration)
-    (folder / "generation_config.json").unlink(missing_ok=True)
+    partial = folder.with_suffix(".partial")
+    try:
+        shutil.rmtree(partial, ignore_errors=True)
+        shutil.copytree(bundled_mini(), partial, ignore=shutil.ignore_patterns(WEIGHTS_FILE))
+        configuration = (partial / "config.json").read_bytes()
+        with without_progress_bars():
+            replica.half().save_pretrained(partial)
+        # save_pretrained notes the precision of the weights; the model is what it was.
+        (partial / "config.json").write_bytes(configuration)
+        (partial / "generation_config.json").unlink(missing_ok=True)
+        if folder.exists():
+            shutil.rmtree(folder)
+        partial.replace(folder)
+    except (OSError, SafetensorError) as error:
+        raise TrainingError(f"{folder} cannot be written ({error}); free some room or choose another folder") from error
     return folder
 
 
@@ -270,16 +387,18 @@ def _task(
     num = 64 * stage.schedule.num_steps * stage.schedule.batch_size
     if stage.trained == (TOWER,):
         return PatchReader(llava, normalizer), CrowdedScenes(seed, num)
+    if stage.trained == (PROJECTOR,):
+        return PatchNamer(llava, normalizer, processor.tokenizer), CrowdedScenes(seed, num)
     config = llava.config
     encoder = ConversationEncoder(processor, config.image_seq_length)
-    examples = Conversations(
-        encoder,
-        pad_id=processor.tokenizer.pad_token_id,
-        text_tokens=TEXT_TOKENS,
-        num_image_tokens=config.image_seq_length,
-        num=num,
-        seed=seed,
-    )
+    room: Mapping[str, Any] = {
+        "pad_id": processor.tokenizer.pad_token_id,
+        "text_tokens": stage.text_tokens,
+        "num_image_tokens": config.image_seq_length,
+        "num": num,
+        "seed": seed,
+    }
+    examples = Conversations(encoder, kinds=stage.kinds, **room) if stage.kinds else Captions(encoder, **room)
     return Talker(CompressedLlava(llava, {}), normalizer), examples
 
 

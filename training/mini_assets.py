@@ -61,7 +61,7 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def make_config() -> LlavaConfig:
-    """Return LLaVA-1.5's architecture with 6 million parameters."""
+    """Return LLaVA-1.5's architecture with 5.9 million parameters."""
     return LlavaConfig(
         vision_config={
             "model_type": "clip_vision_model",
@@ -84,6 +84,8 @@ def make_config() -> LlavaConfig:
             "head_dim": 64,
             "max_position_embeddings": 4096,
             "rms_norm_eps": 1e-5,
+            # Slow waves, so that likeness counts over the hundreds of tokens between a word and what it names.
+            "rope_parameters": {"rope_type": "default", "rope_theta": 1e6},
             "bos_token_id": 1,
             "eos_token_id": 2,
             "pad_token_id": 3,

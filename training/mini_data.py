@@ -3,6 +3,7 @@
 P pixels of a side, S patches of a side, T tokens
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -11,7 +12,8 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from tokexport.dialogues.generate import make_example
-from tokexport.dialogues.scene import PATCH, SIDE, Scene, cover, make_scene, patch_labels, render
+from tokexport.dialogues.questions import KINDS
+from tokexport.dialogues.scene import PATCH, SIDE, Scene, SceneObject, cover, make_scene, patch_labels, render
 from tokexport.dialogues.schema import Split
 from tokexport.training.compressed import NO_LABEL
 from tokexport.training.conversation import ConversationEncoder
@@ -51,6 +53,53 @@ class CrowdedScenes(Dataset[dict[str, Tensor]]):
         }
 
 
+class Captions(Dataset[dict[str, Tensor]]):
+    """Pictures with one answer that tells of every object what it is, its colour, its size and its place.
+
+    What follows the word for an object is to be looked up by that word alone, the simplest look there is.
+
+    Args:
+        encoder: lays the caption out.
+        pad_id: the token behind it.
+        text_tokens: room for it.
+        num_image_tokens: that an image takes up.
+        num: of pictures.
+        seed: of the scenes.
+    """
+
+    def __init__(
+        self,
+        encoder: ConversationEncoder,
+        *,
+        pad_id: int,
+        text_tokens: int,
+        num_image_tokens: int,
+        num: int,
+        seed: int,
+    ) -> None:
+        self._encoder, self._pad_id = encoder, pad_id
+        self._text_tokens, self._length = text_tokens, text_tokens + num_image_tokens - 1
+        self._num, self._seed = num, seed
+
+    def __len__(self) -> int:
+        return self._num
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        rng = np.random.default_rng([self._seed, 2000, index])
+        scene = make_scene(rng, "train", min_objects=8, max_objects=24, is_for_questions=False)
+        single = [item for item in scene.objects if scene.num_of[(item.category,)] == 1]
+        # Few enough words for the room: a place may be two.
+        told = [single[i] for i in rng.permutation(len(single))][: (self._text_tokens - 20) // 5]
+        caption = " ".join(f"{item.category} {item.colour} {item.size} {place_of(item)}" for item in told)
+        ids_T, labels_T, _ = self._encoder.encode(
+            [("What is in the picture?", caption)], has_image=True, max_text_tokens=self._text_tokens
+        )
+        return {
+            "pixels": _pixels(render(scene)),
+            **_padded(ids_T, labels_T, self._length, self._pad_id),
+        }
+
+
 class Conversations(Dataset[dict[str, Tensor]]):
     """Pictures with as many questions and answers as fit, in tensors of one size.
 
@@ -60,6 +109,7 @@ class Conversations(Dataset[dict[str, Tensor]]):
         text_tokens: room for text.
         num_image_tokens: that an image takes up.
         seed: of the generator.
+        kinds: of questions.
     """
 
     def __init__(
@@ -72,7 +122,9 @@ class Conversations(Dataset[dict[str, Tensor]]):
         num: int,
         seed: int = 0,
         split: Split = "train",
+        kinds: Sequence[str] = KINDS,
     ) -> None:
+        self._kinds = kinds
         self._encoder, self._pad_id = encoder, pad_id
         self._text_tokens, self._length = text_tokens, text_tokens + num_image_tokens - 1
         self._num, self._seed = num, seed
@@ -84,16 +136,26 @@ class Conversations(Dataset[dict[str, Tensor]]):
         return self._num
 
     def __getitem__(self, index: int) -> dict[str, Tensor]:
-        _, image, turns = make_example(self._seed, self._split, index, self._num_turns)
+        _, image, turns = make_example(self._seed, self._split, index, self._num_turns, kinds=self._kinds)
         ids_T, labels_T, _ = self._encoder.encode(
             [(turn.question, turn.answers[0]) for turn in turns], has_image=True, max_text_tokens=self._text_tokens
         )
-        missing = self._length - len(ids_T)
-        return {
-            "pixels": _pixels(image),
-            "input_ids": torch.nn.functional.pad(ids_T, (0, missing), value=self._pad_id),
-            "labels": torch.nn.functional.pad(labels_T, (0, missing), value=NO_LABEL),
-        }
+        return {"pixels": _pixels(image), **_padded(ids_T, labels_T, self._length, self._pad_id)}
+
+
+def place_of(item: SceneObject) -> str:
+    """Return the ninth of the image that the middle of an object lies in, in words."""
+    x, y = item.centre
+    row, column = ("top", "", "bottom")[int(3 * y / SIDE)], ("left", "", "right")[int(3 * x / SIDE)]
+    return f"{row} {column}".strip() or "centre"
+
+
+def _padded(ids_T: Tensor, labels_T: Tensor, length: int, pad_id: int) -> dict[str, Tensor]:
+    missing = length - len(ids_T)
+    return {
+        "input_ids": torch.nn.functional.pad(ids_T, (0, missing), value=pad_id),
+        "labels": torch.nn.functional.pad(labels_T, (0, missing), value=NO_LABEL),
+    }
 
 
 def centre_patches(scene: Scene) -> Tensor:

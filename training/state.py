@@ -1,5 +1,6 @@
 """What training needs to go on after it was stopped: one safetensors file, replaced as a whole."""
 
+import contextlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -45,7 +46,8 @@ def save_state(path: Path, state: TrainingState, module: nn.Module, optimizers: 
         save_file(tensors, partial, metadata=header)
         partial.replace(path)
     except (OSError, SafetensorError) as error:
-        partial.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            partial.unlink()
         raise TrainingError(f"{path} cannot be written ({error}); free some room or choose another folder") from error
 
 
@@ -70,6 +72,11 @@ def load_state(path: Path, run: str, module: nn.Module, optimizers: Sequence[Opt
             "another folder, or delete it to start again"
         )
     trained = dict(_trained(module))
+    for name, parameter in trained.items():
+        if name not in tensors or tensors[name].shape != parameter.shape:
+            raise TrainingError(
+                f"{path} cannot be read ({name} is missing or of another shape); delete it to start again"
+            )
     with torch.no_grad():
         for name, parameter in trained.items():
             parameter.copy_(tensors[name])

@@ -1,5 +1,7 @@
 """What a model is tuned on: LLaVA's data where there are any, made conversations where there are none."""
 
+import hashlib
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,6 +11,8 @@ from torch import nn
 from torch.utils.data import Dataset
 from transformers import LlavaProcessor
 
+from tokexport.dialogues.scene import SIDE
+from tokexport.errors import CheckpointError, InputError
 from tokexport.exporter.export import Design
 from tokexport.training.compressed import CompressedLlava
 from tokexport.training.conversation import ConversationEncoder
@@ -22,8 +26,13 @@ _SEED = 100
 
 @dataclass(frozen=True, kw_only=True)
 class Material:
-    """Examples with what makes batches of them and the module that learns from these."""
+    """Examples with what makes batches of them and the module that learns from these.
 
+    Attributes:
+        name: of what they are made from, which other material does not share.
+    """
+
+    name: str
     examples: "Dataset[Any]"
     objective_of: Callable[[CompressedLlava], nn.Module]
     collate: Callable[[list[Any]], Any] | None = None
@@ -34,25 +43,56 @@ def llava_material(made: Design, data: Path, images: Path, *, num: int) -> Mater
 
     Raises:
         InputError: a malformed file or a missing image.
+        CheckpointError: the model has no tokenizer and image processor.
     """
-    processor: Any = LlavaProcessor.from_pretrained(made.model.directory)
+    processor = _processor(made)
     encoder = ConversationEncoder(processor, made.model.spec.num_vision_tokens)
     examples = LlavaConversations(read_records(data, images), encoder, processor.image_processor, num=num)
-    pad_id = processor.tokenizer.pad_token_id
-    padding = Padding(processor.tokenizer.eos_token_id if pad_id is None else pad_id, made.model.spec.image_size)
-    return Material(examples=examples, objective_of=Reader, collate=padding)
+    padding = Padding(_pad_id(processor), made.model.spec.image_size)
+    name = f"{data.name} {hashlib.sha256(data.read_bytes()).hexdigest()[:12]}"
+    return Material(name=name, examples=examples, objective_of=Reader, collate=padding)
 
 
 def made_material(made: Design, *, num: int, text_tokens: int = 256) -> Material:
-    """Return conversations about made scenes."""
-    processor: Any = LlavaProcessor.from_pretrained(made.model.directory)
+    """Return conversations about made scenes.
+
+    Raises:
+        InputError: the model takes images of another size.
+        CheckpointError: the model has no tokenizer and image processor.
+    """
+    if made.model.spec.image_size != SIDE:
+        raise InputError(
+            f"made scenes have {SIDE} x {SIDE} pixels, and the model takes {made.model.spec.image_size}; give "
+            "conversations with --data"
+        )
+    processor = _processor(made)
     num_image_tokens = made.model.spec.num_vision_tokens
     examples = Conversations(
         ConversationEncoder(processor, num_image_tokens),
-        pad_id=processor.tokenizer.pad_token_id,
+        pad_id=_pad_id(processor),
         text_tokens=text_tokens,
         num_image_tokens=num_image_tokens,
         num=num,
         seed=_SEED,
     )
-    return Material(examples=examples, objective_of=lambda model: Talker(model, PixelNormalizer(processor)))
+    return Material(
+        name="made scenes", examples=examples, objective_of=lambda model: Talker(model, PixelNormalizer(processor))
+    )
+
+
+def _processor(made: Design) -> Any:
+    directory = made.model.directory
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return LlavaProcessor.from_pretrained(directory)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        reason = str(error).partition("\n")[0]
+        raise CheckpointError(
+            f"{directory} has no usable tokenizer and image processor ({reason}); give a checkpoint that has them"
+        ) from error
+
+
+def _pad_id(processor: Any) -> int:
+    pad_id = processor.tokenizer.pad_token_id
+    return processor.tokenizer.eos_token_id if pad_id is None else pad_id

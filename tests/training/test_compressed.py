@@ -1,0 +1,202 @@
+"""The model in the form it is trained in computes what ``transformers`` and the exported decoder compute."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from torch import Tensor
+from transformers import LlavaForConditionalGeneration
+
+from tests.conftest import IMAGE_SIZE, NUM_VISION_TOKENS, adsc, recipe_for
+from tokexport.engines.backend import SessionOptions
+from tokexport.engines.backends.torch_eager import TorchSession
+from tokexport.engines.generate import IMAGE, Conversation
+from tokexport.exporter.export import Design, design
+from tokexport.exporter.methods.adsc import Adsc
+from tokexport.training.compressed import NO_LABEL, CompressedLlava, Thinning, kept_places
+
+IMAGE_TOKEN, PAD = 4, 3
+STRIDE = {1: Thinning(index=(0, 2, 4, 6, 8, 10, 12, 14)), 3: Thinning(index=(0, 2, 4, 6))}
+
+
+@pytest.fixture(params=["sdpa", "eager"])
+def llava(request: pytest.FixtureRequest, llava: LlavaForConditionalGeneration) -> LlavaForConditionalGeneration:
+    """Return the tiny model with each attention that training uses."""
+    llava.set_attn_implementation(request.param)
+    return llava
+
+
+def words(count: int, seed: int = 0) -> list[int]:
+    return [int(token) for token in np.random.default_rng(seed).integers(5, 512, count)]
+
+
+def pixels(count: int) -> Tensor:
+    generator = torch.Generator().manual_seed(0)
+    return torch.randn(count, 3, IMAGE_SIZE, IMAGE_SIZE, generator=generator)
+
+
+def with_image(before: Sequence[int], after: Sequence[int]) -> Tensor:
+    return torch.tensor([*before, *[IMAGE_TOKEN] * NUM_VISION_TOKENS, *after])
+
+
+def labels_behind(ids: Tensor, first: int) -> Tensor:
+    """Label every token from ``first`` on."""
+    return ids.masked_fill(torch.arange(ids.shape[-1]) < first, NO_LABEL)
+
+
+def answered(
+    model: CompressedLlava, pixel_values: Tensor, ids_BT: Tensor, labels_BT: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the loss, which labels were the likeliest, and the logits (A, W) that both are made from."""
+    logits: list[Tensor] = []
+    hook = model.llava.lm_head.register_forward_hook(lambda _module, _inputs, output: logits.append(output))
+    with torch.no_grad():
+        loss, right_A = model(pixel_values, ids_BT, labels_BT)
+    hook.remove()
+    return loss, right_A, logits[0]
+
+
+def thinnings_of(made: Design) -> dict[int, Thinning]:
+    method = made.methods[0]
+    assert isinstance(method, Adsc)
+    indices = method.indices(made.model.spec, made.plans[0])
+    return {layer: Thinning(index=index, positions=method.positions) for layer, index in indices.items()}
+
+
+def test_without_thinnings_it_is_the_model_of_transformers(llava: LlavaForConditionalGeneration):
+    ids_BT = torch.stack([with_image(words(3, 1), words(9, 2)), with_image(words(7, 3), words(5, 4))])
+    labels_BT = torch.stack([labels_behind(ids_T, 24) for ids_T in ids_BT])
+    with torch.no_grad():
+        expected: Any = llava(input_ids=ids_BT, pixel_values=pixels(2), labels=labels_BT)
+    loss, right_A, logits_AW = answered(CompressedLlava(llava, {}), pixels(2), ids_BT, labels_BT)
+    expected_AW = expected.logits[:, 23:-1].flatten(0, 1)
+    torch.testing.assert_close(loss, expected.loss, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(logits_AW, expected_AW, rtol=1e-4, atol=1e-4)
+    assert right_A.tolist() == (expected_AW.argmax(-1) == ids_BT[:, 24:].flatten()).tolist()
+
+
+def test_a_label_that_is_the_likeliest_counts_as_right(llava: LlavaForConditionalGeneration):
+    model, ids_1T = CompressedLlava(llava, STRIDE), with_image(words(2), words(4)).unsqueeze(0)
+    _, _, logits_AW = answered(model, pixels(1), ids_1T, labels_behind(ids_1T, 19))
+    likeliest_1T = torch.cat((torch.full((1, 19), NO_LABEL), logits_AW.argmax(-1)[None]), dim=1)
+    loss, right_A, _ = answered(model, pixels(1), ids_1T, likeliest_1T)
+    assert right_A.tolist() == [True, True, True]
+    torch.testing.assert_close(loss, -logits_AW.log_softmax(-1).max(-1).values.mean())
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        pytest.param({"pattern": pattern, "positions": positions, "phase": phase}, id=f"{pattern} {positions} {phase}")
+        for pattern in ("stride", "grid")
+        for positions in ("keep", "renumber")
+        for phase in (0.0, 0.5)
+    ]
+    + [pytest.param({"drops": [{"layer": 0, "keep": 6}]}, id="before the first layer")],
+)
+def test_with_thinnings_it_is_the_exported_decoder(
+    checkpoint: Path, llava: LlavaForConditionalGeneration, options: dict[str, object]
+):
+    made = design(recipe_for(checkpoint, adsc(**options)))
+    before, after, later = words(3, 1), words(5, 2), words(6, 3)
+    session = TorchSession(made, SessionOptions(max_text_tokens=64, max_images=1, threads=1))
+    conversation = Conversation(session)
+    features = session.encode_images(pixels(1).numpy())
+    # The second call finds the first in its cache.
+    first_QW = conversation.feed([*before, IMAGE, *after], [features], all_logits=True)[-len(after) :]
+    expected_AW = np.concatenate((first_QW, conversation.feed(later, all_logits=True)))
+
+    ids_1T = with_image(before, [*after, *later, 9]).unsqueeze(0)
+    labels_1T = labels_behind(ids_1T, len(before) + NUM_VISION_TOKENS + 1)
+    model = CompressedLlava(llava, thinnings_of(made))
+    _, _, logits_AW = answered(model, pixels(1), ids_1T, labels_1T)
+    torch.testing.assert_close(logits_AW, torch.from_numpy(expected_AW), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "thinnings",
+    [
+        {},
+        {**STRIDE, 3: Thinning(index=(1, 3, 5, 7))},
+        {layer: Thinning(index=thinning.index, positions="renumber") for layer, thinning in STRIDE.items()},
+    ],
+    ids=["none", "another index", "other positions"],
+)
+def test_other_thinnings_say_something_else(llava: LlavaForConditionalGeneration, thinnings: dict[int, Thinning]):
+    ids_1T = with_image(words(3), words(9)).unsqueeze(0)
+    arguments = (pixels(1), ids_1T, labels_behind(ids_1T, 20))
+    expected, found = (answered(CompressedLlava(llava, taken), *arguments)[2] for taken in (STRIDE, thinnings))
+    assert (found - expected).abs().max() > 0.01
+
+
+@pytest.mark.parametrize("positions", ["keep", "renumber"])
+def test_rows_of_a_batch_do_not_touch_each_other(llava: LlavaForConditionalGeneration, positions: Any):
+    rows = [
+        with_image(words(1, 1), words(9, 2)),
+        torch.tensor(words(28, 3)),
+        with_image(words(6, 4), words(4, 5)),
+        with_image([], words(7, 6)),
+    ]
+    labels = [labels_behind(ids_T, len(ids_T) - 3) for ids_T in rows]
+    images = pixels(3)
+    of_row = [images[:1], images[:0], images[1:2], images[2:]]
+    thinnings = {layer: Thinning(index=found.index, positions=positions) for layer, found in STRIDE.items()}
+    model = CompressedLlava(llava, thinnings)
+    alone = [
+        answered(model, seen, ids_T[None], labels_T[None])[2]
+        for seen, ids_T, labels_T in zip(of_row, rows, labels, strict=True)
+    ]
+    ids_BT = torch.nn.utils.rnn.pad_sequence(rows, True, PAD)
+    labels_BT = torch.nn.utils.rnn.pad_sequence(labels, True, NO_LABEL)
+    together = answered(model, images, ids_BT, labels_BT)[2]
+    torch.testing.assert_close(together, torch.cat(alone), rtol=1e-4, atol=1e-4)
+
+
+def test_a_batch_without_images_is_read(llava: LlavaForConditionalGeneration):
+    ids_BT = torch.tensor([words(9, 1), words(9, 2)])
+    labels_BT = labels_behind(ids_BT, 5)
+    with torch.no_grad():
+        expected: Any = llava(input_ids=ids_BT, labels=labels_BT)
+    loss, _, _ = answered(CompressedLlava(llava, STRIDE), pixels(0), ids_BT, labels_BT)
+    torch.testing.assert_close(loss, expected.loss, rtol=1e-5, atol=1e-5)
+
+
+def test_the_gradient_reaches_every_adapter_and_nothing_else(llava: LlavaForConditionalGeneration):
+    config = LoraConfig(r=2, target_modules=r".*language_model\.layers\.\d+\..*_proj", init_lora_weights=False)
+    tuned: Any = get_peft_model(llava, config)
+    ids_1T = with_image(words(3), words(9)).unsqueeze(0)
+    model = CompressedLlava(tuned.base_model.model, STRIDE)
+    loss, _ = model(pixels(1), ids_1T, labels_behind(ids_1T, 20))
+    loss.backward()
+    reached = {name for name, parameter in model.named_parameters() if parameter.grad is not None}
+    assert reached == {name for name, _ in model.named_parameters() if "lora_" in name}
+    assert all(parameter.grad.abs().sum() > 0 for parameter in model.parameters() if parameter.grad is not None)
+
+
+def test_the_thinnings_can_be_changed_between_two_calls(llava: LlavaForConditionalGeneration):
+    ids_1T = with_image(words(3), words(9)).unsqueeze(0)
+    arguments = (pixels(1), ids_1T, labels_behind(ids_1T, 20))
+    model = CompressedLlava(llava, {})
+    model.thinnings = STRIDE
+    expected = answered(CompressedLlava(llava, STRIDE), *arguments)[0]
+    assert answered(model, *arguments)[0] == expected
+
+
+@pytest.mark.parametrize(
+    ("tokens", "index", "expected"),
+    [
+        (["..####."], (0, 2), [[0, 1, 2, 4, 6]]),
+        (["####..."], (1, 3), [[1, 3, 4, 5, 6]]),
+        (["...####"], (3,), [[0, 1, 2, 6]]),
+        ([".####", "####."], (0, 1), [[0, 1, 2], [0, 1, 4]]),
+        ([".####.", "......"], (0, 3), [[0, 1, 4, 5, -1, -1], [0, 1, 2, 3, 4, 5]]),
+    ],
+    ids=["in the middle", "at the start", "at the end", "two rows", "a row without an image"],
+)
+def test_text_and_the_tokens_of_the_index_stay(tokens: list[str], index: tuple[int, ...], expected: list[list[int]]):
+    is_image_BT = torch.tensor([[token == "#" for token in row] for row in tokens])
+    assert kept_places(is_image_BT, index).tolist() == expected

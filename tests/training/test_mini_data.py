@@ -1,0 +1,94 @@
+"""What the mini model learns from: tensors of one size, the same for the same number."""
+
+from typing import Any
+
+import pytest
+import torch
+
+from tokexport.dialogues.generate import make_example
+from tokexport.training.compressed import NO_LABEL
+from tokexport.training.conversation import ConversationEncoder
+from tokexport.training.mini_data import Conversations, CrowdedScenes, centre_patches, covered_cells
+
+PATCHES, IMAGE_TOKENS, TEXT_TOKENS = 576, 576, 64
+IMAGE_TOKEN, PAD = 4, 3
+
+
+def conversations(processor: Any, seed: int = 0) -> Conversations:
+    return Conversations(
+        ConversationEncoder(processor, IMAGE_TOKENS),
+        pad_id=PAD,
+        text_tokens=TEXT_TOKENS,
+        num_image_tokens=IMAGE_TOKENS,
+        num=10,
+        seed=seed,
+    )
+
+
+@pytest.mark.parametrize("index", [0, 7])
+def test_conversations_are_padded_to_one_size(own_processor: Any, index: int):
+    example = conversations(own_processor)[index]
+    ids_T, labels_T = example["input_ids"], example["labels"]
+    assert ids_T.shape == labels_T.shape == (TEXT_TOKENS + IMAGE_TOKENS - 1,)
+    assert int((ids_T == IMAGE_TOKEN).sum()) == IMAGE_TOKENS
+    last = int((labels_T != NO_LABEL).nonzero()[-1])
+    assert (ids_T[last + 1 :] == PAD).all()
+    assert own_processor.tokenizer.decode(ids_T[last : last + 1]) == "</s>"
+
+
+def test_the_room_for_text_is_filled(own_processor: Any):
+    # What is left is less than two questions take.
+    paddings = [int((conversations(own_processor)[index]["input_ids"] == PAD).sum()) for index in range(5)]
+    assert max(paddings) < 40
+
+
+def test_a_conversation_is_about_its_picture(own_processor: Any):
+    example = conversations(own_processor)[3]
+    _, image, turns = make_example(0, "train", 3, TEXT_TOKENS // 14)
+    assert example["pixels"].shape == (3, 336, 336)
+    assert example["pixels"].permute(1, 2, 0).contiguous().numpy().tobytes() == image.tobytes()
+    text = own_processor.tokenizer.decode(example["input_ids"])
+    assert f"{turns[0].question}\nASSISTANT: {turns[0].answers[0]}</s>" in text
+
+
+def test_a_crowded_scene_labels_every_patch():
+    example = CrowdedScenes(0, 10)[2]
+    cover_shape = (PATCHES, 49)
+    assert {name: tuple(tensor.shape) for name, tensor in example.items()} == {
+        "pixels": (3, 336, 336),
+        "cover": cover_shape,
+        **dict.fromkeys(["category", "colour", "size", "centre", "background", "texture"], (PATCHES,)),
+    }
+    # A patch has an object's category exactly where it has its colour.
+    assert ((example["category"] > 0) == (example["colour"] > 0)).all()
+    assert (example["category"] > 0).any()
+
+
+@pytest.mark.parametrize("index", [0, 1])
+def test_a_number_gives_the_same_scene_every_time(index: int):
+    first, again = CrowdedScenes(0, 10)[index], CrowdedScenes(0, 99)[index]
+    assert all(torch.equal(first[name], again[name]) for name in first)
+
+
+def test_another_seed_gives_other_scenes():
+    assert not torch.equal(CrowdedScenes(0, 10)[0]["pixels"], CrowdedScenes(1, 10)[0]["pixels"])
+
+
+def test_the_middle_of_every_object_is_in_a_patch():
+    scene, _, _ = make_example(0, "train", 0, 1)
+    centres = centre_patches(scene).view(24, 24)
+    middles = {(int(y) // 14, int(x) // 14) for x, y in (item.centre for item in scene.objects)}
+    assert {(int(row), int(column)) for row, column in centres.nonzero()} == middles
+
+
+def test_cells_outside_of_all_objects_are_not_covered():
+    scene, _, _ = make_example(0, "train", 0, 1)
+    # From (patches, cells) back to a map with a cell of 2 x 2 pixels.
+    cells = covered_cells(scene).view(24, 24, 7, 7).permute(0, 2, 1, 3).reshape(168, 168)
+    inside = torch.zeros(168, 168, dtype=torch.bool)
+    for item in scene.objects:
+        left, top, right, bottom = item.bounds
+        inside[top // 2 : (bottom + 1) // 2, left // 2 : (right + 1) // 2] = True
+        assert cells[top // 2 : (bottom + 1) // 2, left // 2 : (right + 1) // 2].max() > 0.9
+    assert (cells[~inside] == 0).all()
+    assert cells.max() <= 1
