@@ -132,6 +132,8 @@ def _store(tuned: Any, folder: Path, checkpoint: str) -> None:
     try:
         # Embeddings were not tuned; to find that out, PEFT would ask the hub for the base model.
         tuned.save_pretrained(folder, save_embedding_layers=False)
+        # A card to fill in, about nothing.
+        (folder / "README.md").unlink(missing_ok=True)
     except (OSError, SafetensorError) as error:
         raise TrainingError(f"{folder} cannot be written ({error}); free some room or choose another folder") from error
 

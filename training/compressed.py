@@ -16,7 +16,6 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers import LlavaForConditionalGeneration
 
-from tokexport.exporter.modules.bottleneck import StaticGather
 from tokexport.exporter.plan import PositionPolicy
 
 NO_LABEL = -100
@@ -29,10 +28,6 @@ class Thinning:
 
     index: tuple[int, ...]
     positions: PositionPolicy = "keep"
-
-    @classmethod
-    def of(cls, bottleneck: StaticGather) -> "Thinning":
-        return cls(index=tuple(bottleneck.index_M.tolist()), positions=bottleneck.positions)
 
 
 class CompressedLlava(nn.Module):

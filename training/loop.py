@@ -105,10 +105,6 @@ class Listener:
     note: Callable[[str], None] = field(default=lambda _text: None)
 
 
-Objective = Callable[..., tuple[Tensor, Mapping[str, Tensor]]]
-"""A module that takes a batch and returns the loss and figures to log."""
-
-
 def fit(
     objective: nn.Module,
     examples: "Dataset[Any]",

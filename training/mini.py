@@ -6,6 +6,7 @@ language model to talk about what a frozen tower sees, and at last all of them t
 B images, N vision tokens, C width of the tower
 """
 
+import hashlib
 import itertools
 import shutil
 from collections.abc import Mapping, Sequence
@@ -251,6 +252,8 @@ def train_mini(
     start_by_likeness(llava)
     processor = LlavaProcessor.from_pretrained(source)
     normalizer = PixelNormalizer(processor)
+    description = hashlib.sha256((source / "config.json").read_bytes() + (source / "tokenizer.json").read_bytes())
+    description = description.hexdigest()[:12]
     for number, stage in enumerate(stages):
         objective, examples = _task(stage, llava, processor, normalizer, seed + number)
         require_grad(llava, stage.trained)
@@ -260,7 +263,13 @@ def train_mini(
             stage.schedule,
             folder / stage.name,
             stage=stage.name,
-            settings={"seed": seed, "trained": stage.trained, "parameters": llava.num_parameters()},
+            settings={
+                "seed": seed,
+                "trained": stage.trained,
+                "kinds": stage.kinds,
+                "text_tokens": stage.text_tokens,
+                "model": description,
+            },
             compiled=compiled_parts(llava),
             listener=listener,
         )
