@@ -166,8 +166,8 @@ def test_the_answer_is_in_the_cache_for_the_next_turn(full: Session):
         (TEXT, 1, "the prompt has 0 places for images and 1 images were given"),
         ([IMAGE, *TEXT], 0, "the prompt has 1 places for images and 0 images were given"),
         ([IMAGE, *TEXT], 2, "the prompt has 1 places for images and 2 images were given"),
-        ([512], 0, "token id 512 is outside the model's vocabulary of 512; the tokenizer is another model's"),
-        ([-2], 0, "token id -2 is outside the model's vocabulary of 512; the tokenizer is another model's"),
+        ([576], 0, "token id 576 is outside the model's vocabulary of 576; the tokenizer is another model's"),
+        ([-2], 0, "token id -2 is outside the model's vocabulary of 576; the tokenizer is another model's"),
         (words(129), 0, "129 text tokens (129 of them new) do not fit into a cache for 128; shorten the prompt or"),
         ([IMAGE] * 4, 4, "4 images do not fit into a cache for 3; raise --max-images"),
     ],
@@ -198,7 +198,7 @@ def test_a_conversation_beyond_the_models_positions_is_refused(tiny_full: Bundle
     assert conversation.room == 6
     text = refusal(lambda: conversation.feed(words(7)))
     assert text == "the conversation would reach position 513 and the model has 512; shorten it"
-    assert conversation.feed(words(6)).shape == (1, 512)
+    assert conversation.feed(words(6)).shape == (1, 576)
 
 
 def test_a_prompt_that_fills_the_cache_to_the_last_token_is_run(thin: Session):

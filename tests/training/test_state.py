@@ -177,10 +177,10 @@ def test_a_checkpoint_replaces_the_one_before(stored: Path):
 
 @pytest.fixture
 def full_disk() -> Iterator[None]:
-    """Let no file grow beyond a kilobyte, which is how far a disk without room lets it come."""
+    """Let no file grow beyond 8 MiB, as on a disk without room; what the test run itself writes is smaller."""
     resource = pytest.importorskip("resource", reason="only Unix can limit the size of files")
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (1024, before[1]))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (8 << 20, before[1]))
     yield
     resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
@@ -189,7 +189,7 @@ def full_disk() -> Iterator[None]:
 def test_a_full_disk_leaves_nothing_half_written(tmp_path: Path):
     path = tmp_path / "state.safetensors"
     with pytest.raises(TrainingError) as caught:
-        save_state(path, TrainingState(run=RUN, step=3, seconds=2.0), nn.Linear(30, 30), [])
+        save_state(path, TrainingState(run=RUN, step=3, seconds=2.0), nn.Linear(1600, 1600), [])
     assert str(caught.value).startswith(f"{path} cannot be written (")
     assert str(caught.value).endswith("); free some room or choose another folder")
     assert list(tmp_path.iterdir()) == []
@@ -199,7 +199,7 @@ def test_a_full_disk_leaves_the_checkpoint_before(stored: Path, request: pytest.
     before = stored.read_bytes()
     request.getfixturevalue("full_disk")
     with pytest.raises(TrainingError, match="cannot be written"):
-        save_state(stored, TrainingState(run=RUN, step=3, seconds=2.0), nn.Linear(30, 30), [])
+        save_state(stored, TrainingState(run=RUN, step=3, seconds=2.0), nn.Linear(1600, 1600), [])
     assert stored.read_bytes() == before
     assert list(stored.parent.iterdir()) == [stored]
 
