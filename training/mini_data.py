@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from tokexport.dialogues.generate import make_example
-from tokexport.dialogues.questions import KINDS
+from tokexport.dialogues.questions import KINDS, REGIONS
 from tokexport.dialogues.scene import PATCH, SIDE, Scene, SceneObject, cover, make_scene, patch_labels, render
 from tokexport.dialogues.schema import Split
 from tokexport.training.compressed import NO_LABEL
@@ -53,18 +53,16 @@ class CrowdedScenes(Dataset[dict[str, Tensor]]):
         }
 
 
-class Captions(Dataset[dict[str, Tensor]]):
-    """Pictures with one answer that tells of every object what it is, its colour, its size and its place.
-
-    What follows the word for an object is to be looked up by that word alone, the simplest look there is.
+class _Padded(Dataset[dict[str, Tensor]]):
+    """Conversations about pictures in tensors of one size.
 
     Args:
-        encoder: lays the caption out.
-        pad_id: the token behind it.
-        text_tokens: room for it.
+        encoder: lays the turns out.
+        pad_id: the token behind a conversation.
+        text_tokens: room for text.
         num_image_tokens: that an image takes up.
-        num: of pictures.
-        seed: of the scenes.
+        num: of conversations.
+        seed: of the generator.
     """
 
     def __init__(
@@ -84,6 +82,22 @@ class Captions(Dataset[dict[str, Tensor]]):
     def __len__(self) -> int:
         return self._num
 
+    def _example(self, image: Any, turns: Sequence[tuple[str, str]]) -> dict[str, Tensor]:
+        ids_T, labels_T, _ = self._encoder.encode(turns, has_image=True, max_text_tokens=self._text_tokens)
+        missing = (0, self._length - len(ids_T))
+        return {
+            "pixels": _pixels(image),
+            "input_ids": torch.nn.functional.pad(ids_T, missing, value=self._pad_id),
+            "labels": torch.nn.functional.pad(labels_T, missing, value=NO_LABEL),
+        }
+
+
+class Captions(_Padded):
+    """One answer a picture that tells of every object what it is, its colour, its size and its place.
+
+    What follows the word for an object is to be looked up by that word alone, the simplest look there is.
+    """
+
     def __getitem__(self, index: int) -> dict[str, Tensor]:
         rng = np.random.default_rng([self._seed, 2000, index])
         scene = make_scene(rng, "train", min_objects=8, max_objects=24, is_for_questions=False)
@@ -91,24 +105,14 @@ class Captions(Dataset[dict[str, Tensor]]):
         # Few enough words for the room: a place may be two.
         told = [single[i] for i in rng.permutation(len(single))][: (self._text_tokens - 20) // 5]
         caption = " ".join(f"{item.category} {item.colour} {item.size} {place_of(item)}" for item in told)
-        ids_T, labels_T, _ = self._encoder.encode(
-            [("What is in the picture?", caption)], has_image=True, max_text_tokens=self._text_tokens
-        )
-        return {
-            "pixels": _pixels(render(scene)),
-            **_padded(ids_T, labels_T, self._length, self._pad_id),
-        }
+        return self._example(render(scene), [("What is in the picture?", caption)])
 
 
-class Conversations(Dataset[dict[str, Tensor]]):
-    """Pictures with as many questions and answers as fit, in tensors of one size.
+class Conversations(_Padded):
+    """As many questions and answers about a picture as there is room for.
 
     Args:
-        encoder: lays the turns out.
-        pad_id: the token behind a conversation.
-        text_tokens: room for text.
-        num_image_tokens: that an image takes up.
-        seed: of the generator.
+        split: of the generator.
         kinds: of questions.
     """
 
@@ -120,42 +124,27 @@ class Conversations(Dataset[dict[str, Tensor]]):
         text_tokens: int,
         num_image_tokens: int,
         num: int,
-        seed: int = 0,
+        seed: int,
         split: Split = "train",
         kinds: Sequence[str] = KINDS,
     ) -> None:
+        super().__init__(
+            encoder, pad_id=pad_id, text_tokens=text_tokens, num_image_tokens=num_image_tokens, num=num, seed=seed
+        )
         self._kinds = kinds
-        self._encoder, self._pad_id = encoder, pad_id
-        self._text_tokens, self._length = text_tokens, text_tokens + num_image_tokens - 1
-        self._num, self._seed = num, seed
         self._split: Split = split
         # A turn takes at least so many tokens, so that enough are asked to fill the room.
         self._num_turns = text_tokens // 14
 
-    def __len__(self) -> int:
-        return self._num
-
     def __getitem__(self, index: int) -> dict[str, Tensor]:
         _, image, turns = make_example(self._seed, self._split, index, self._num_turns, kinds=self._kinds)
-        ids_T, labels_T, _ = self._encoder.encode(
-            [(turn.question, turn.answers[0]) for turn in turns], has_image=True, max_text_tokens=self._text_tokens
-        )
-        return {"pixels": _pixels(image), **_padded(ids_T, labels_T, self._length, self._pad_id)}
+        return self._example(image, [(turn.question, turn.answers[0]) for turn in turns])
 
 
 def place_of(item: SceneObject) -> str:
-    """Return the ninth of the image that the middle of an object lies in, in words."""
-    x, y = item.centre
-    row, column = ("top", "", "bottom")[int(3 * y / SIDE)], ("left", "", "right")[int(3 * x / SIDE)]
-    return f"{row} {column}".strip() or "centre"
-
-
-def _padded(ids_T: Tensor, labels_T: Tensor, length: int, pad_id: int) -> dict[str, Tensor]:
-    missing = length - len(ids_T)
-    return {
-        "input_ids": torch.nn.functional.pad(ids_T, (0, missing), value=pad_id),
-        "labels": torch.nn.functional.pad(labels_T, (0, missing), value=NO_LABEL),
-    }
+    """Return the ninth of the image that the middle of an object lies in, also where it is near a border."""
+    column, row = (int(3 * position / SIDE) for position in item.centre)
+    return REGIONS[3 * row + column]
 
 
 def centre_patches(scene: Scene) -> Tensor:

@@ -6,9 +6,11 @@ import pytest
 import torch
 
 from tokexport.dialogues.generate import make_example
+from tokexport.dialogues.questions import region_of
+from tokexport.dialogues.scene import CATEGORIES, COLOURS, SIZES
 from tokexport.training.compressed import NO_LABEL
 from tokexport.training.conversation import ConversationEncoder
-from tokexport.training.mini_data import Conversations, CrowdedScenes, centre_patches, covered_cells
+from tokexport.training.mini_data import Captions, Conversations, CrowdedScenes, centre_patches, covered_cells, place_of
 
 PATCHES, IMAGE_TOKENS, TEXT_TOKENS = 576, 576, 64
 IMAGE_TOKEN, PAD = 4, 3
@@ -92,3 +94,29 @@ def test_cells_outside_of_all_objects_are_not_covered():
         assert cells[top // 2 : (bottom + 1) // 2, left // 2 : (right + 1) // 2].max() > 0.9
     assert (cells[~inside] == 0).all()
     assert cells.max() <= 1
+
+
+def captions(processor: Any) -> Captions:
+    return Captions(
+        ConversationEncoder(processor, IMAGE_TOKENS),
+        pad_id=PAD,
+        text_tokens=96,
+        num_image_tokens=IMAGE_TOKENS,
+        num=10,
+        seed=0,
+    )
+
+
+def test_a_caption_tells_kind_colour_size_and_place_of_objects(own_processor: Any):
+    labels_T = captions(own_processor)[3]["labels"]
+    words = own_processor.tokenizer.decode(labels_T[labels_T != NO_LABEL]).removesuffix("</s>").split()
+    sizes = [i for i, word in enumerate(words) if word in SIZES]
+    assert len(sizes) >= 3
+    assert all(words[i - 1] in COLOURS and words[i - 2] in CATEGORIES for i in sizes)
+
+
+def test_the_place_of_an_object_is_the_one_that_questions_ask_for():
+    scene, _, _ = make_example(0, "train", 0, 3)
+    asked = {item: region_of(item) for item in scene.objects}
+    assert all(region in (None, place_of(item)) for item, region in asked.items())
+    assert any(asked.values())
