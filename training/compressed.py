@@ -43,21 +43,29 @@ class CompressedLlava(nn.Module):
         self.llava = llava
         self.thinnings = dict(thinnings)
 
-    def forward(self, pixel_values: Tensor, input_ids: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(
+        self, pixel_values: Tensor, input_ids: Tensor, labels: Tensor, read: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
         """Read conversations and compare what follows each token with the labels.
 
         Args:
             pixel_values: the image of each conversation that has one, in their order.
             input_ids: (B, T); an image's N tokens stand side by side, one image a conversation.
             labels: (B, T), ``NO_LABEL`` where nothing is learned.
+            read: (B, M), ascending: the only vision tokens that the decoder reads, where they have been without the
+                others; an image then takes up M tokens of the input, and every conversation has one.
 
         Returns:
             The mean cross entropy of the labelled tokens, and whether each was the likeliest (A,), row by row.
         """
-        hidden_BTD = self._embedded(pixel_values, input_ids)
+        is_image_BT = input_ids == self._image_token
+        hidden_BTD = self._embedded(pixel_values, input_ids, read)
+        position_BT = torch.arange(input_ids.shape[1], device=input_ids.device).expand_as(input_ids)
+        if read is not None:
+            position_BT = _positions_of_all(position_BT, is_image_BT, read, self.llava.config.image_seq_length)
         # What a token is to say is the next token's label; so labels can go where their tokens go.
         target_BT = functional.pad(labels[:, 1:], (0, 1), value=NO_LABEL)
-        hidden_BTD, target_BT = self._decoded(hidden_BTD, target_BT, input_ids == self._image_token)
+        hidden_BTD, target_BT = self._decoded(hidden_BTD, target_BT, position_BT, is_image_BT)
         hidden_AD, target_A = hidden_BTD[target_BT != NO_LABEL], target_BT[target_BT != NO_LABEL]
         logits_AW = self.llava.lm_head(self._text_model.norm(hidden_AD)).float()
         return functional.cross_entropy(logits_AW, target_A), logits_AW.argmax(-1) == target_A
@@ -70,18 +78,22 @@ class CompressedLlava(nn.Module):
     def _image_token(self) -> int:
         return self.llava.config.image_token_index
 
-    def _embedded(self, pixel_values: Tensor, input_ids: Tensor) -> Tensor:
+    def _embedded(self, pixel_values: Tensor, input_ids: Tensor, read_BM: Tensor | None) -> Tensor:
         embedded_BTD = self.llava.get_input_embeddings()(input_ids)
         if not len(pixel_values):
             return embedded_BTD
         seen: Any = self.llava.model.get_image_features(pixel_values=pixel_values)
-        features_XD = torch.cat(tuple(seen.pooler_output)).to(embedded_BTD.dtype)
+        features = tuple(seen.pooler_output)
+        if read_BM is not None:
+            features = tuple(features_ND[read_M] for features_ND, read_M in zip(features, read_BM, strict=True))
+        features_XD = torch.cat(features).to(embedded_BTD.dtype)
         is_image_BT1 = (input_ids == self._image_token).unsqueeze(-1)
         return embedded_BTD.masked_scatter(is_image_BT1, features_XD)
 
-    def _decoded(self, hidden_BTD: Tensor, target_BT: Tensor, is_image_BT: Tensor) -> tuple[Tensor, Tensor]:
+    def _decoded(
+        self, hidden_BTD: Tensor, target_BT: Tensor, position_BT: Tensor, is_image_BT: Tensor
+    ) -> tuple[Tensor, Tensor]:
         text = self._text_model
-        position_BT = torch.arange(hidden_BTD.shape[1], device=hidden_BTD.device).expand(len(hidden_BTD), -1)
         angles = text.rotary_emb(hidden_BTD, position_ids=position_BT)
         for index, layer in enumerate(text.layers):
             thinning = self.thinnings.get(index)
@@ -130,3 +142,11 @@ def kept_places(is_image_BT: Tensor, index: Sequence[int]) -> Tensor:
         first, last = int(image_N[0]), int(image_N[-1])
         rows.append(torch.cat((places_T[:first], first + index_M, places_T[last + 1 :])))
     return nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=-1)
+
+
+def _positions_of_all(position_BT: Tensor, is_image_BT: Tensor, read_BM: Tensor, num_image_tokens: int) -> Tensor:
+    """Return where the tokens would stand if the images were read whole, (B, T)."""
+    first_B1 = is_image_BT.int().argmax(1, keepdim=True)
+    is_behind_BT = (position_BT > first_B1) & ~is_image_BT
+    position_BT = position_BT + is_behind_BT * (num_image_tokens - read_BM.shape[1])
+    return position_BT.masked_scatter(is_image_BT, first_B1 + read_BM)

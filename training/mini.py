@@ -7,7 +7,6 @@ B images, N vision tokens, C width of the tower
 """
 
 import hashlib
-import itertools
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -31,6 +30,7 @@ from tokexport.training.conversation import ConversationEncoder
 from tokexport.training.curve import draw_curve
 from tokexport.training.loop import Listener, Schedule, attention_for, fit, make_accelerator
 from tokexport.training.mini_data import CELLS, PATCHES, Captions, Conversations, CrowdedScenes
+from tokexport.training.mini_start import start_locally, start_looking_up
 from tokexport.training.progress_bars import without_progress_bars
 
 WEIGHTS_FILE = "model.safetensors"
@@ -51,11 +51,6 @@ _NAME_SHARPNESS = 0.11
 # Most patches show no object; without a weight the tower learns for long to say so.
 _EMPTY_WEIGHT = 0.2
 _COVER_STATE, _COVER_WEIGHT = 2, 5.0
-# How the tower starts, see start_locally; offsets are rows and columns.
-_LONGEST_WAVE, _NUM_LOCAL_LAYERS, _SHARPNESS = 100.0, 3, 1.1
-# How the language model starts, see start_by_likeness.
-_NUM_LIKENESS_LAYERS, _LIKENESS, _SLOW, _LOUDNESS = 3, 2.5, 2e-3, 15.0
-_OFFSETS = ((0.0, 0.0), (1.6, 0.0), (-1.6, 0.0), (0.0, 1.6), (0.0, -1.6))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,6 +63,8 @@ class Stage:
         schedule: how long and how fast.
         kinds: of questions; where there are none, pictures are described.
         text_tokens: of a conversation.
+        image_tokens: that are read of an image. The objects take up few of them, and a language model learns several
+            times as fast from those few; where they stand it is told all the same.
     """
 
     name: str
@@ -75,10 +72,14 @@ class Stage:
     schedule: Schedule
     kinds: tuple[str, ...] = KINDS
     text_tokens: int = 384
+    image_tokens: int = PATCHES**2
 
 
 TOWER, PROJECTOR = "model.vision_tower.", "model.multi_modal_projector."
 LANGUAGE = ("model.language_model.", "lm_head.")
+
+# Not the words: what images are made of would no longer be like them.
+_READING = ("model.language_model.layers.", "model.language_model.norm.", "lm_head.")
 
 STAGES = (
     Stage(
@@ -93,23 +94,17 @@ STAGES = (
     ),
     Stage(
         name="tell",
-        # Not the words: what images are made of would no longer be like them.
-        trained=("model.language_model.layers.", "model.language_model.norm.", "lm_head."),
-        schedule=Schedule(num_steps=700, batch_size=8, learning_rate=2e-3, optimizer="muon"),
+        trained=_READING,
+        schedule=Schedule(num_steps=250, batch_size=8, learning_rate=2e-3, optimizer="muon"),
         kinds=(),
         text_tokens=96,
-    ),
-    Stage(
-        name="look",
-        trained=("model.language_model.layers.", "model.language_model.norm.", "lm_head."),
-        schedule=Schedule(num_steps=1000, batch_size=4, learning_rate=2e-3, optimizer="muon"),
-        kinds=("attribute", "reading", "location"),
-        text_tokens=192,
+        image_tokens=160,
     ),
     Stage(
         name="talk",
-        trained=(PROJECTOR, *LANGUAGE),
-        schedule=Schedule(num_steps=2400, batch_size=8, learning_rate=2e-3, optimizer="muon"),
+        trained=_READING,
+        schedule=Schedule(num_steps=5000, batch_size=8, learning_rate=2e-3, optimizer="muon"),
+        image_tokens=80,
     ),
     Stage(
         name="join",
@@ -226,9 +221,11 @@ class Talker(nn.Module):
         super().__init__()
         self.model, self.normalizer = model, normalizer
 
-    def forward(self, pixels: Tensor, input_ids: Tensor, labels: Tensor) -> tuple[Tensor, Mapping[str, Tensor]]:
+    def forward(
+        self, pixels: Tensor, input_ids: Tensor, labels: Tensor, read: Tensor
+    ) -> tuple[Tensor, Mapping[str, Tensor]]:
         """Return the loss, and which share of the answers' tokens was the likeliest."""
-        loss, right_A = self.model(self.normalizer(pixels), input_ids, labels)
+        loss, right_A = self.model(self.normalizer(pixels), input_ids, labels, read)
         return loss, {"right": right_A.float().mean()}
 
 
@@ -249,7 +246,7 @@ def train_mini(
     llava = LlavaForConditionalGeneration(LlavaConfig.from_pretrained(source))
     llava.set_attn_implementation(attention_for(make_accelerator().device))
     start_locally(llava)
-    start_by_likeness(llava)
+    start_looking_up(llava)
     processor = LlavaProcessor.from_pretrained(source)
     normalizer = PixelNormalizer(processor)
     description = hashlib.sha256((source / "config.json").read_bytes() + (source / "tokenizer.json").read_bytes())
@@ -268,6 +265,7 @@ def train_mini(
                 "trained": stage.trained,
                 "kinds": stage.kinds,
                 "text_tokens": stage.text_tokens,
+                "image_tokens": stage.image_tokens,
                 "model": description,
             },
             compiled=compiled_parts(llava),
@@ -286,76 +284,6 @@ def require_grad(llava: nn.Module, trained: Sequence[str]) -> None:
     """Let the parameters learn whose names begin so, and no others."""
     for name, parameter in llava.named_parameters():
         parameter.requires_grad_(name.startswith(tuple(trained)))
-
-
-def start_locally(llava: LlavaForConditionalGeneration) -> None:
-    """Start the tower such that the heads of its first layers look at the patches around a patch.
-
-    Position embeddings start as sines of row and column (arXiv 2205.01580), and queries and keys as those
-    waves, turned by a head's offset, so that attention starts as a convolution (arXiv 2103.10697). From random
-    weights a small tower needs many epochs only to find out which patches are neighbours.
-    """
-    tower: Any = llava.model.vision_tower
-    table_NC: Tensor = tower.embeddings.position_embedding.weight
-    num_waves = table_NC.shape[1] // 4
-    frequency_F = _LONGEST_WAVE ** -torch.linspace(0, 1, num_waves)
-    axes = torch.meshgrid(torch.arange(PATCHES), torch.arange(PATCHES), indexing="ij")
-    row_NF, column_NF = (axis.reshape(-1, 1) * frequency_F for axis in axes)
-    waves_NC = torch.cat((row_NF.sin(), row_NF.cos(), column_NF.sin(), column_NF.cos()), dim=1)
-    with torch.no_grad():
-        table_NC[1:] = waves_NC  # 0 is the class token
-        for layer in tower.encoder.layers[:_NUM_LOCAL_LAYERS]:
-            _look_around(layer.self_attn, frequency_F)
-
-
-def _look_around(attention: Any, frequency_F: Tensor) -> None:
-    """Let each head look at one offset: the patch itself, or the one below, above, right or left of it."""
-    head_dim, num_waves = attention.head_dim, len(frequency_F)
-    used = head_dim // 4
-    for head, offset in zip(range(attention.num_heads), itertools.cycle(_OFFSETS), strict=False):
-        rows = slice(head * head_dim, (head + 1) * head_dim)
-        for weight in (attention.q_proj.weight, attention.k_proj.weight):
-            weight[rows] = 0
-        for axis, shift in enumerate(offset):
-            sines, cosines = 2 * axis * num_waves, (2 * axis + 1) * num_waves
-            for wave in range(used):
-                first, second = (
-                    head * head_dim + 2 * (axis * used + wave),
-                    head * head_dim + 2 * (axis * used + wave) + 1,
-                )
-                angle = frequency_F[wave] * shift
-                sin, cos = _SHARPNESS * angle.sin(), _SHARPNESS * angle.cos()
-                attention.k_proj.weight[first, sines + wave] = _SHARPNESS
-                attention.k_proj.weight[second, cosines + wave] = _SHARPNESS
-                # sin(x + angle) and cos(x + angle)
-                attention.q_proj.weight[first, sines + wave], attention.q_proj.weight[first, cosines + wave] = cos, sin
-                attention.q_proj.weight[second, cosines + wave], attention.q_proj.weight[second, sines + wave] = (
-                    cos,
-                    -sin,
-                )
-
-
-def start_by_likeness(llava: LlavaForConditionalGeneration) -> None:
-    """Start the first layers of the language model such that tokens look at tokens like themselves.
-
-    Keys start as queries do (arXiv 2305.09828), in the part of a head that rotates least: the word for a shape then
-    looks at the patches that are named by it, from the first step on. Otherwise the model guesses from the words
-    alone for long.
-    """
-    text: Any = llava.model.language_model
-    half = text.config.head_dim // 2
-    # Loud enough that what the first layers add does not drown the words.
-    text.embed_tokens.weight.data.mul_(_LOUDNESS)
-    # A pair of a head's dimensions turns by this angle from one token to the next.
-    slow_F = (text.rotary_emb.inv_freq < _SLOW).nonzero()[:, 0]
-    with torch.no_grad():
-        for layer in text.layers[:_NUM_LIKENESS_LAYERS]:
-            attention = layer.self_attn
-            for head in range(text.config.num_attention_heads - 1):
-                rows = head * 2 * half + torch.cat((slow_F, slow_F + half))
-                spread = _LIKENESS * (text.config.head_dim**0.5 / (len(rows) * text.config.hidden_size)) ** 0.5
-                attention.q_proj.weight[rows] = spread * torch.randn(len(rows), text.config.hidden_size)
-                attention.k_proj.weight[rows] = attention.q_proj.weight[rows]
 
 
 def compiled_parts(llava: LlavaForConditionalGeneration) -> list[nn.Module]:
@@ -398,12 +326,11 @@ def _task(
         return PatchReader(llava, normalizer), CrowdedScenes(seed, num)
     if stage.trained == (PROJECTOR,):
         return PatchNamer(llava, normalizer, processor.tokenizer), CrowdedScenes(seed, num)
-    config = llava.config
-    encoder = ConversationEncoder(processor, config.image_seq_length)
+    encoder = ConversationEncoder(processor, stage.image_tokens)
     room: Mapping[str, Any] = {
         "pad_id": processor.tokenizer.pad_token_id,
         "text_tokens": stage.text_tokens,
-        "num_image_tokens": config.image_seq_length,
+        "num_image_tokens": stage.image_tokens,
         "num": num,
         "seed": seed,
     }

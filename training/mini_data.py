@@ -60,7 +60,7 @@ class _Padded(Dataset[dict[str, Tensor]]):
         encoder: lays the turns out.
         pad_id: the token behind a conversation.
         text_tokens: room for text.
-        num_image_tokens: that an image takes up.
+        num_image_tokens: of an image that are read, all of the objects' first.
         num: of conversations.
         seed: of the generator.
     """
@@ -77,16 +77,18 @@ class _Padded(Dataset[dict[str, Tensor]]):
     ) -> None:
         self._encoder, self._pad_id = encoder, pad_id
         self._text_tokens, self._length = text_tokens, text_tokens + num_image_tokens - 1
+        self._num_read = num_image_tokens
         self._num, self._seed = num, seed
 
     def __len__(self) -> int:
         return self._num
 
-    def _example(self, image: Any, turns: Sequence[tuple[str, str]]) -> dict[str, Tensor]:
+    def _example(self, index: int, scene: Scene, image: Any, turns: Sequence[tuple[str, str]]) -> dict[str, Tensor]:
         ids_T, labels_T, _ = self._encoder.encode(turns, has_image=True, max_text_tokens=self._text_tokens)
         missing = (0, self._length - len(ids_T))
         return {
             "pixels": _pixels(image),
+            "read": patches_to_read(np.random.default_rng([self._seed, 3000, index]), scene, self._num_read),
             "input_ids": torch.nn.functional.pad(ids_T, missing, value=self._pad_id),
             "labels": torch.nn.functional.pad(labels_T, missing, value=NO_LABEL),
         }
@@ -105,7 +107,7 @@ class Captions(_Padded):
         # Few enough words for the room: a place may be two.
         told = [single[i] for i in rng.permutation(len(single))][: (self._text_tokens - 20) // 5]
         caption = " ".join(f"{item.category} {item.colour} {item.size} {place_of(item)}" for item in told)
-        return self._example(render(scene), [("What is in the picture?", caption)])
+        return self._example(index, scene, render(scene), [("What is in the picture?", caption)])
 
 
 class Conversations(_Padded):
@@ -137,8 +139,16 @@ class Conversations(_Padded):
         self._num_turns = text_tokens // 14
 
     def __getitem__(self, index: int) -> dict[str, Tensor]:
-        _, image, turns = make_example(self._seed, self._split, index, self._num_turns, kinds=self._kinds)
-        return self._example(image, [(turn.question, turn.answers[0]) for turn in turns])
+        scene, image, turns = make_example(self._seed, self._split, index, self._num_turns, kinds=self._kinds)
+        return self._example(index, scene, image, [(turn.question, turn.answers[0]) for turn in turns])
+
+
+def patches_to_read(rng: np.random.Generator, scene: Scene, num: int) -> Tensor:
+    """Return ``num`` patches, ascending: those that objects touch and by chance others, or as many of them as fit."""
+    touched = (cover(scene).reshape(PATCHES, PATCH, PATCHES, PATCH).max(axis=(1, 3)) > 0).reshape(-1)
+    order = rng.permutation(PATCHES**2)
+    order = order[np.argsort(~touched[order], kind="stable")]
+    return torch.from_numpy(np.sort(order[:num]))
 
 
 def place_of(item: SceneObject) -> str:

@@ -165,6 +165,32 @@ def test_a_batch_without_images_is_read(llava: LlavaForConditionalGeneration):
     torch.testing.assert_close(loss, expected.loss, rtol=1e-5, atol=1e-5)
 
 
+def test_an_image_read_in_part_is_one_thinned_before_the_first_layer(llava: LlavaForConditionalGeneration):
+    before, after = words(3, 1), words(9, 2)
+    whole_1T = with_image(before, after).unsqueeze(0)
+    index = (0, 3, 7, NUM_VISION_TOKENS - 1)
+    thinned = CompressedLlava(llava, {0: Thinning(index=index)})
+    expected = answered(thinned, pixels(1), whole_1T, labels_behind(whole_1T, NUM_VISION_TOKENS + 5))
+    part_1T = torch.tensor([[*before, *[IMAGE_TOKEN] * len(index), *after]])
+    labels_1T = labels_behind(part_1T, len(index) + 5)
+    with torch.no_grad():
+        loss, _ = CompressedLlava(llava, {})(pixels(1), part_1T, labels_1T, read=torch.tensor([index]))
+    torch.testing.assert_close(loss, expected[0])
+
+
+def test_each_image_can_be_read_in_other_parts(llava: LlavaForConditionalGeneration):
+    parts = torch.tensor([[0, 1, 2, 3], [4, 9, 10, 15]])
+    ids_BT = torch.tensor([[*words(3, n), *[IMAGE_TOKEN] * 4, *words(9, n + 1)] for n in range(2)])
+    labels_BT = torch.stack([labels_behind(ids_T, 9) for ids_T in ids_BT])
+    model = CompressedLlava(llava, {})
+    with torch.no_grad():
+        together, _ = model(pixels(2), ids_BT, labels_BT, read=parts)
+        alone = [model(pixels(2)[n : n + 1], ids_BT[n : n + 1], labels_BT[n : n + 1], parts[n : n + 1]) for n in (0, 1)]
+        same_parts, _ = model(pixels(2), ids_BT, labels_BT, read=parts[:1].expand(2, -1))
+    torch.testing.assert_close(together, (alone[0][0] + alone[1][0]) / 2)
+    assert (together - same_parts).abs() > 1e-4
+
+
 def test_the_gradient_reaches_every_adapter_and_nothing_else(llava: LlavaForConditionalGeneration):
     config = LoraConfig(r=2, target_modules=r".*language_model\.layers\.\d+\..*_proj", init_lora_weights=False)
     tuned: Any = get_peft_model(llava, config)

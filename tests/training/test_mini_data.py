@@ -2,15 +2,24 @@
 
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
 from tokexport.dialogues.generate import make_example
 from tokexport.dialogues.questions import region_of
-from tokexport.dialogues.scene import CATEGORIES, COLOURS, SIZES
+from tokexport.dialogues.scene import CATEGORIES, COLOURS, SIZES, make_scene
 from tokexport.training.compressed import NO_LABEL
 from tokexport.training.conversation import ConversationEncoder
-from tokexport.training.mini_data import Captions, Conversations, CrowdedScenes, centre_patches, covered_cells, place_of
+from tokexport.training.mini_data import (
+    Captions,
+    Conversations,
+    CrowdedScenes,
+    centre_patches,
+    covered_cells,
+    patches_to_read,
+    place_of,
+)
 
 PATCHES, IMAGE_TOKENS, TEXT_TOKENS = 576, 576, 64
 IMAGE_TOKEN, PAD = 4, 3
@@ -120,3 +129,22 @@ def test_the_place_of_an_object_is_the_one_that_questions_ask_for():
     asked = {item: region_of(item) for item in scene.objects}
     assert all(region in (None, place_of(item)) for item, region in asked.items())
     assert any(asked.values())
+
+
+def test_what_objects_touch_is_read_first():
+    scene = make_scene(np.random.default_rng(3), "train")
+    touched = {int(place) for place in (covered_cells(scene).sum(1) > 0).nonzero()[:, 0]}
+    assert 10 < len(touched) < 90
+    read = patches_to_read(np.random.default_rng(0), scene, 100).tolist()
+    assert read == sorted(set(read))
+    assert len(read) == 100
+    assert touched < set(read)
+    few = patches_to_read(np.random.default_rng(0), scene, 10).tolist()
+    assert set(few) < touched
+
+
+def test_which_of_the_rest_is_read_is_left_to_chance():
+    scene = make_scene(np.random.default_rng(3), "train")
+    first, again, other = (patches_to_read(np.random.default_rng(seed), scene, 100).tolist() for seed in (0, 0, 1))
+    assert first == again != other
+    assert patches_to_read(np.random.default_rng(0), scene, 576).tolist() == list(range(576))
