@@ -35,6 +35,9 @@ def recipe_options(command: Command) -> Command:
             help="Cut a model with random weights to so many decoder layers.",
         ),
         click.option("--adapter", help="LoRA adapter to merge: a directory (PEFT), or the name of one that ships."),
+        click.option(
+            "--compressor", help="What a method learned: a file that 'tokexport train' wrote, or a name that ships."
+        ),
         click.option("--dtype", type=click.Choice(["float32", "float16", "bfloat16"]), help="Precision of the graphs."),
         click.option(
             "--set",
@@ -44,7 +47,11 @@ def recipe_options(command: Command) -> Command:
             help="Change a value of the recipe, e.g. compress.0.phase=0.5.",
         ),
     ]
-    return _with(command, options)
+    return with_options(*options)(command)
+
+
+RECIPE_OPTIONS = ("recipe_name", "settings", "model", "weights", "num_layers", "adapter", "compressor", "dtype")
+"""The parameters of a command that ``recipe_options`` add."""
 
 
 def recipe_from(*, recipe_name: str, settings: tuple[str, ...], **changes: Any) -> "Recipe":
@@ -60,7 +67,7 @@ def engine_options(command: Command) -> Command:
         click.option("--backend", default="ort", show_default=True, help="Engine; 'tokexport doctor' lists them."),
         click.option("--threads", type=click.IntRange(min=1), help="CPU threads, by default one per core."),
     ]
-    return _with(command, options)
+    return with_options(*options)(command)
 
 
 def source_options(command: Command) -> Command:
@@ -69,7 +76,7 @@ def source_options(command: Command) -> Command:
         click.option("--model", help="The checkpoint, if it has moved since the build."),
         click.option("--adapter", help="The adapter, if it has moved since the build."),
     ]
-    return _with(command, options)
+    return with_options(*options)(command)
 
 
 def answer_options(command: Command) -> Command:
@@ -96,7 +103,7 @@ def answer_options(command: Command) -> Command:
             "--max-images", type=click.IntRange(min=0), help="Room for images in the cache, by default the recipe's."
         ),
     ]
-    return _with(command, options)
+    return with_options(*options)(command)
 
 
 def output_options(command: Command) -> Command:
@@ -105,10 +112,15 @@ def output_options(command: Command) -> Command:
         click.option("--json", "as_json", is_flag=True, help="One JSON document on stdout."),
         click.option("--quiet", "-q", is_flag=True, help="Nothing for people on stderr but errors."),
     ]
-    return _with(command, options)
+    return with_options(*options)(command)
 
 
-def _with(command: Command, options: list[Callable[[Any], Any]]) -> Command:
-    for option in reversed(options):
-        command = option(command)
-    return command
+def with_options(*options: Callable[[Any], Any]) -> Callable[[Command], Command]:
+    """Return a decorator that adds options, listed in their order."""
+
+    def add(command: Command) -> Command:
+        for option in reversed(options):
+            command = option(command)
+        return command
+
+    return add

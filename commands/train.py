@@ -1,19 +1,32 @@
 """``tokexport train``: learning what a recipe needs."""
 
 import json
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
-from tokexport.commands.options import output_options, recipe_from, recipe_options
+from tokexport.commands.options import (
+    RECIPE_OPTIONS,
+    Command,
+    output_options,
+    recipe_from,
+    recipe_options,
+    with_options,
+)
 from tokexport.engines.terminal import Terminal
 from tokexport.errors import InputError
+
+if TYPE_CHECKING:
+    from tokexport.exporter.export import Design
+    from tokexport.training.loop import Schedule
+    from tokexport.training.tuning_data import Material
 
 
 @click.group()
 def train() -> None:
-    """Train the bundled mini model, or tune a model to its compression."""
+    """Train the bundled mini model, or what a method of compression needs."""
 
 
 @train.command()
@@ -36,11 +49,31 @@ def mini(out: Path, seed: int, share: float, as_json: bool, quiet: bool) -> None
     _report(as_json, checkpoint=str(checkpoint))
 
 
+def _learning_options(*, steps: int, learning_rate: str) -> Callable[[Command], Command]:
+    """Add the options of everything that learns from conversations."""
+    return with_options(
+        click.option("--out", "-o", type=click.Path(path_type=Path), help="Folder, by default out/train_RECIPE."),
+        click.option(
+            "--data", type=click.Path(path_type=Path), help="Conversations in LLaVA's JSON, by default made scenes."
+        ),
+        click.option(
+            "--images", type=click.Path(path_type=Path), help="Folder of their images, by default that of the data."
+        ),
+        click.option("--steps", default=steps, show_default=True, type=click.IntRange(min=1), help="Optimizer steps."),
+        click.option(
+            "--batch-size", default=8, show_default=True, type=click.IntRange(min=1), help="Conversations a step."
+        ),
+        click.option(
+            "--accumulate", default=1, show_default=True, type=click.IntRange(min=1), help="Parts of a batch."
+        ),
+        click.option("--learning-rate", default=1e-3, show_default=True, help=learning_rate),
+        click.option("--gradient-checkpointing", is_flag=True, help="Compute activations twice to save memory."),
+    )
+
+
 @train.command()
 @recipe_options
-@click.option("--out", "-o", type=click.Path(path_type=Path), help="Folder, by default out/train_RECIPE.")
-@click.option("--data", type=click.Path(path_type=Path), help="Conversations in LLaVA's JSON, by default made scenes.")
-@click.option("--images", type=click.Path(path_type=Path), help="Folder of their images, by default that of the data.")
+@_learning_options(steps=600, learning_rate="At its highest; 2e-4 suits a 7B model.")
 @click.option(
     "--curriculum",
     type=click.Choice(["mild-first", "strong-first", "none"]),
@@ -49,50 +82,99 @@ def mini(out: Path, seed: int, share: float, as_json: bool, quiet: bool) -> None
     help="In which order the bottlenecks narrow.",
 )
 @click.option("--rank", default=16, show_default=True, type=click.IntRange(min=1), help="Of the LoRA matrices.")
-@click.option("--steps", default=600, show_default=True, type=click.IntRange(min=1), help="Optimizer steps.")
-@click.option("--batch-size", default=8, show_default=True, type=click.IntRange(min=1), help="Conversations a step.")
-@click.option("--accumulate", default=1, show_default=True, type=click.IntRange(min=1), help="Parts of a batch.")
-@click.option("--learning-rate", default=1e-3, show_default=True, help="At its highest; 2e-4 suits a 7B model.")
-@click.option("--gradient-checkpointing", is_flag=True, help="Compute activations twice to save memory.")
 @click.option("--seed", default=0, show_default=True, type=click.IntRange(min=0), help="Of the LoRA matrices.")
 @output_options
 def adsc(
-    out: Path | None,
-    data: Path | None,
-    images: Path | None,
-    steps: int,
-    batch_size: int,
-    accumulate: int,
-    learning_rate: float,
+    curriculum: Any, rank: int, seed: int, gradient_checkpointing: bool, as_json: bool, quiet: bool, **options: Any
+) -> None:
+    """Tune a model to its ADSC bottlenecks with LoRA; the adapter goes into a recipe or --adapter."""
+    from tokexport.training.adsc import Tuning, tune
+
+    _refuse_useless(options, "adapter", "dtype")
+    tuning = Tuning(
+        schedule=_schedule(options),
+        curriculum=curriculum,
+        rank=rank,
+        gradient_checkpointing=gradient_checkpointing,
+        seed=seed,
+    )
+    terminal = Terminal(quiet=quiet)
+    made, material, out = _task(options)
+    with terminal.working():
+        adapter = tune(made, material, tuning, out, listener=_listener(terminal))
+    terminal.show(f"the adapter is in {adapter}; build with it: --recipe {made.recipe.name} --adapter {adapter}")
+    _report(as_json, adapter=str(adapter))
+
+
+@train.command()
+@recipe_options
+@_learning_options(steps=1000, learning_rate="At its highest.")
+@click.option(
+    "--entropy", default=1.0, show_default=True, type=click.FloatRange(min=0), help="Weight of rows' entropy."
+)
+@click.option("--column", default=1.0, show_default=True, type=click.FloatRange(min=0), help="Weight of column sums.")
+@click.option("--clip", default=1e-2, show_default=True, help="Norm that gradients are clipped to.")
+@click.option("--seed", default=0, show_default=True, type=click.IntRange(min=0), help="Of the compressor.")
+@output_options
+def metacompress(
+    entropy: float,
+    column: float,
+    clip: float,
+    seed: int,
     gradient_checkpointing: bool,
     as_json: bool,
     quiet: bool,
     **options: Any,
 ) -> None:
-    """Tune a model to its ADSC bottlenecks with LoRA; the adapter goes into a recipe or --adapter."""
-    from tokexport.exporter.export import design
-    from tokexport.training.adsc import Tuning, tune
-    from tokexport.training.loop import Schedule
-    from tokexport.training.tuning_data import llava_material, made_material
+    """Train the compressor of MetaCompress; its file goes into a recipe or --compressor."""
+    from tokexport.training.metacompress import Distillation, train_compressor
 
-    useless = {"images": images if data is None else None, "adapter": options["adapter"], "dtype": options["dtype"]}
+    _refuse_useless(options, "dtype", "compressor")
+    distillation = Distillation(
+        schedule=_schedule(options, max_grad_norm=clip),
+        entropy=entropy,
+        column=column,
+        gradient_checkpointing=gradient_checkpointing,
+        seed=seed,
+    )
+    terminal = Terminal(quiet=quiet)
+    made, material, out = _task(options)
+    with terminal.working():
+        path = train_compressor(made, material, distillation, out, listener=_listener(terminal))
+    terminal.show(f"the compressor is {path}; build with it: --recipe {made.recipe.name} --compressor {path}")
+    _report(as_json, compressor=str(path))
+
+
+def _refuse_useless(options: Mapping[str, Any], *names: str) -> None:
+    useless = {name: options[name] for name in names}
+    if options["data"] is None:
+        useless["images"] = options["images"]
     for name, value in useless.items():
         if value is not None:
-            raise InputError(f"--{name} {value} has no effect on this tuning; leave it out")
-    tuning = Tuning(
-        schedule=Schedule(num_steps=steps, batch_size=batch_size, accumulate=accumulate, learning_rate=learning_rate),
-        gradient_checkpointing=gradient_checkpointing,
-        **{name: options.pop(name) for name in ("curriculum", "rank", "seed")},
+            raise InputError(f"--{name} {value} has no effect on this training; leave it out")
+
+
+def _schedule(options: Mapping[str, Any], **more: Any) -> "Schedule":
+    from tokexport.training.loop import Schedule
+
+    names = {"num_steps": "steps", "batch_size": "batch_size", "accumulate": "accumulate"}
+    return Schedule(
+        learning_rate=options["learning_rate"], **{key: options[name] for key, name in names.items()}, **more
     )
-    made, terminal = design(recipe_from(**options)), Terminal(quiet=quiet)
-    num = 64 * steps * batch_size
-    material = llava_material(made, data, images or data.parent, num=num) if data else made_material(made, num=num)
-    with terminal.working():
-        adapter = tune(
-            made, material, tuning, out or Path("out") / f"train_{made.recipe.name}", listener=_listener(terminal)
-        )
-    terminal.show(f"the adapter is in {adapter}; build with it: --recipe {made.recipe.name} --adapter {adapter}")
-    _report(as_json, adapter=str(adapter))
+
+
+def _task(options: Mapping[str, Any]) -> "tuple[Design, Material, Path]":
+    """Return the recipe's design, what to learn from, and the folder to work in."""
+    from tokexport.exporter.export import design
+    from tokexport.training.tuning_data import llava_material, made_material
+
+    made = design(recipe_from(**{name: options[name] for name in RECIPE_OPTIONS}))
+    data, num = options["data"], 64 * options["steps"] * options["batch_size"]
+    if data is None:
+        material = made_material(made, num=num)
+    else:
+        material = llava_material(made, data, options["images"] or data.parent, num=num)
+    return made, material, options["out"] or Path("out") / f"train_{made.recipe.name}"
 
 
 def _listener(terminal: Terminal) -> Any:

@@ -15,7 +15,6 @@ from tokexport.engines.evaluation_data import DialogueSet
 from tokexport.engines.worker import Workload
 from tokexport.errors import BundleError, InputError, TokexportError
 from tokexport.exporter.bundle import Bundle
-from tokexport.exporter.checkpoint import fingerprint
 from tokexport.exporter.export import design
 from tokexport.exporter.plan import TokenPlan, plan_report
 from tokexport.recipes.load import recipe_table
@@ -139,7 +138,7 @@ def _artefact(recipe: Recipe, path: Path, options: EvalOptions, progress: Progre
         bundle = None
     if bundle is not None:
         is_same = bundle.manifest.recipe == recipe_table(made.recipe)
-        if is_same and bundle.manifest.model.fingerprint == fingerprint(made.model):
+        if is_same and bundle.manifest.model.fingerprint == made.fingerprint():
             return bundle
     return build(
         recipe,

@@ -4,7 +4,6 @@ from dataclasses import replace
 
 from tokexport.errors import CheckpointError, InputError
 from tokexport.exporter.bundle import Bundle
-from tokexport.exporter.checkpoint import fingerprint
 from tokexport.exporter.export import Design, design
 
 
@@ -26,7 +25,7 @@ def source_design(bundle: Bundle, model: str | None = None, adapter: str | None 
     moved = {"checkpoint": model, "adapter": adapter}
     table = replace(recipe.model, **{key: value for key, value in moved.items() if value is not None})
     made = design(replace(recipe, model=table))
-    if fingerprint(made.model) == bundle.manifest.model.fingerprint:
+    if made.fingerprint() == bundle.manifest.model.fingerprint:
         return made
     if table.adapter is None:
         raise CheckpointError(

@@ -3,7 +3,6 @@
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from importlib import resources
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +10,7 @@ import torch
 from transformers import PreTrainedConfig
 
 from tokexport.errors import CheckpointError, RecipeError
+from tokexport.exporter.bundled import BUNDLED, BUNDLED_MODEL, local_directory, settled
 from tokexport.exporter.family import Family, load_family
 from tokexport.exporter.plan import VlmSpec
 from tokexport.exporter.weights import (
@@ -24,9 +24,6 @@ from tokexport.exporter.weights import (
 from tokexport.recipes.load import merged
 from tokexport.recipes.schema import ModelTable
 
-BUNDLED_MODEL = "mini"
-BUNDLED = Path(str(resources.files("tokexport.recipes"))) / "models"
-"""The checkpoints and adapters that ship; a recipe calls each by the name of its folder."""
 _FINGERPRINT_BYTES = 1 << 20
 
 
@@ -73,7 +70,7 @@ def describe_model(table: ModelTable) -> Model:
             )
         config = described
     before = family.spec(config).num_layers
-    table = replace(table, checkpoint=_settled(table.checkpoint), adapter=table.adapter and _settled(table.adapter))
+    table = replace(table, checkpoint=settled(table.checkpoint), adapter=table.adapter and settled(table.adapter))
     if table.num_layers is not None:
         if table.num_layers > before:
             raise CheckpointError(
@@ -195,27 +192,8 @@ def _from_hub(name: str) -> Path:
         ) from error
 
 
-def list_bundled() -> list[str]:
-    """Return the names of the checkpoints and adapters that ship with tokexport."""
-    return sorted(path.name for path in BUNDLED.iterdir() if path.is_dir())
-
-
-def local_directory(name: str) -> Path | None:
-    """Return the directory of a bundled checkpoint or adapter or of a path, None where there is none."""
-    if name in list_bundled():
-        return BUNDLED / name
-    path = Path(name).expanduser()
-    return path if path.is_dir() else None
-
-
 def _adapter_directory(name: str) -> Path:
     directory = local_directory(name)
     if directory is None:
         raise CheckpointError(f"there is no adapter directory {name}; say where it is with --adapter")
     return directory
-
-
-def _settled(name: str) -> str:
-    """Return a path that means the same from every directory; names and hub ids stay as they are."""
-    path = Path(name).expanduser()
-    return str(path.resolve()) if name not in list_bundled() and path.is_dir() else name

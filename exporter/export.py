@@ -4,6 +4,7 @@
 and streams the weights into the files.
 """
 
+import hashlib
 import math
 import shutil
 from collections.abc import Callable, Sequence
@@ -14,7 +15,7 @@ from typing import Any
 import onnx
 import onnx_ir as ir
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from tokexport.errors import ExportError, RecipeError
 from tokexport.exporter.bundle import (
@@ -39,11 +40,14 @@ from tokexport.exporter.method import Method, arriving_plans, load_methods, tabl
 from tokexport.exporter.modules.bottleneck import Bottleneck
 from tokexport.exporter.plan import DTYPE_BYTES, TokenPlan, plan_report
 from tokexport.exporter.trace import bind_weights, trace
-from tokexport.exporter.weights import Weights
+from tokexport.exporter.weights import AddedWeights, Weights
 from tokexport.recipes.load import recipe_table, recipe_toml
 from tokexport.recipes.schema import Recipe
 
 Progress = Callable[[str], None]
+
+# Behind it in the vision encoder stands a method's name.
+_STAGES = "stages."
 
 
 @dataclass(frozen=True)
@@ -66,11 +70,11 @@ class Design:
         for method, arriving in self._steps():
             grid = method.tower_grid(self.model.spec, arriving) or grid
         assert math.prod(grid) == self.plan.emitted, (grid, self.plan)
-        stages = [
-            stage
+        stages = {
+            method.name: stage
             for method, arriving in self._steps()
             if (stage := method.feature_stage(self.model.spec, arriving)) is not None
-        ]
+        }
         bottlenecks: dict[int, Bottleneck] = {}
         for method, arriving in self._steps():
             added = method.bottlenecks(self.model.spec, arriving)
@@ -84,6 +88,21 @@ class Design:
             "decoder_model_merged": family.decoder(config, bottlenecks),
         }
 
+    def open_weights(self) -> Weights:
+        """Open the weights of the model and of its methods.
+
+        Raises:
+            CheckpointError: they are missing, damaged or do not fit.
+        """
+        return AddedWeights(open_weights(self.model), self._learned())
+
+    def fingerprint(self) -> str:
+        """Return a SHA-256 that tells weights apart, the model's and what methods learned."""
+        digest = hashlib.sha256(fingerprint(self.model).encode())
+        for name, tensor in sorted(self._learned().items()):
+            digest.update(name.encode() + tensor.float().numpy().tobytes())
+        return digest.hexdigest()
+
     def graph_io(self) -> dict[GraphName, GraphIO]:
         """Return the inputs and outputs of each graph."""
         spec, dtype = self.model.spec, self.recipe.export.dtype
@@ -91,6 +110,13 @@ class Design:
             "vision_encoder": vision_encoder_io(spec, self.plan, dtype),
             "embed_tokens": embed_tokens_io(spec, dtype),
             "decoder_model_merged": decoder_io(spec, self.plan, dtype),
+        }
+
+    def _learned(self) -> dict[str, Tensor]:
+        return {
+            f"{_STAGES}{method.name}.{name}": tensor.detach()
+            for method, arriving in self._steps()
+            for name, tensor in method.learned(self.model.spec, arriving).items()
         }
 
     def _steps(self) -> Sequence[tuple[Method, TokenPlan]]:
@@ -105,7 +131,7 @@ def design(recipe: Recipe, *, describe: Callable[..., Model] = describe_model) -
         CheckpointError: the model cannot be read.
     """
     model = describe(recipe.model)
-    methods = load_methods(recipe.compress)
+    methods = tuple(method.settled() for method in load_methods(recipe.compress))
     if recipe.model.num_layers is not None:
         methods = tuple(method.for_num_layers(model.num_layers_before_cut, model.spec.num_layers) for method in methods)
     recipe = replace(recipe, model=model.table, compress=tables_of(methods))
@@ -129,7 +155,7 @@ def export(
         ExportError: a graph breaks what the manifest would promise.
     """
     progress("reading the checkpoint")
-    weights = open_weights(made.model)
+    weights = made.open_weights()
     num_parameters = sum(math.prod(shape) for shape in weights.shapes.values())
     if twin is None:
         writer.require_room(int(num_parameters * DTYPE_BYTES[made.recipe.export.dtype] * 1.05) + (16 << 20))
@@ -159,7 +185,7 @@ def export(
             model=ModelRecord(
                 checkpoint=made.model.table.checkpoint,
                 weights=made.model.table.weights,
-                fingerprint=fingerprint(made.model),
+                fingerprint=made.fingerprint(),
                 num_parameters=num_parameters,
             ),
             recipe=recipe_table(made.recipe),
@@ -192,7 +218,7 @@ def weight_names(graph: GraphName, module: nn.Module, family: Family) -> dict[st
     """Return, for every parameter of a graph's module, its canonical name."""
     names: dict[str, str] = {}
     for name, _ in module.named_parameters():
-        for prefix, canonical in family.weight_prefixes[graph].items():
+        for prefix, canonical in {**family.weight_prefixes[graph], _STAGES: _STAGES}.items():
             if name.startswith(prefix):
                 names[name] = canonical + name.removeprefix(prefix)
     return names
@@ -206,7 +232,9 @@ def _traced(
     model = trace(module, io, dtype=dtype, vision=made.plan.entering_llm)
     model.graph.name = graph
     model.producer_name, model.producer_version = "tokexport", library_versions().get("tokexport", "")
-    return model, bind_weights(model, weights, weight_names(graph, module, made.model.family), dtype)
+    bound = bind_weights(model, weights, weight_names(graph, module, made.model.family), dtype)
+    # What a method learned is small and not shared with an artefact without it, so it stays in the graph's file.
+    return model, [name for name in bound if not name.startswith(_STAGES)]
 
 
 def _store_weights(model: ir.Model, bound: Sequence[str], folder: Path, file_name: str) -> None:

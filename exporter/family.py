@@ -6,7 +6,7 @@ configuration, the names of the weights and the modules; it knows no method and 
 
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -76,14 +76,16 @@ class Family(ABC):
         """Return the name of a stored tensor as ``transformers`` names it today, None for one without use."""
 
     @abstractmethod
-    def vision_encoder(self, config: PreTrainedConfig, grid: tuple[int, int], stages: Sequence[nn.Module]) -> nn.Module:
+    def vision_encoder(
+        self, config: PreTrainedConfig, grid: tuple[int, int], stages: Mapping[str, nn.Module]
+    ) -> nn.Module:
         """Return the module from pixels to image features.
 
         Args:
             config: of the model.
             grid: rows and columns of patches that the tower sees; pixels arrive in the size of the model and are
                 shrunk to it.
-            stages: what stands behind the projector.
+            stages: what stands behind the projector, by the names of methods; kept as ``stages``.
         """
 
     @abstractmethod

@@ -6,7 +6,7 @@ defines one frozen dataclass, a subclass of ``Method``, whose fields are the rec
 
 import sys
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Self
 
@@ -18,7 +18,7 @@ from tokexport.recipes.schema import CompressTable
 from tokexport.recipes.tables import parse_table, table_of
 
 if TYPE_CHECKING:
-    from torch import nn
+    from torch import Tensor, nn
 
     from tokexport.exporter.modules.bottleneck import Bottleneck
 
@@ -46,6 +46,23 @@ class Method(ABC):
     def bottlenecks(self, spec: VlmSpec, arriving: TokenPlan) -> "dict[int, Bottleneck]":
         """Return what stands before which decoder layer."""
         return {}
+
+    def learned(self, spec: VlmSpec, arriving: TokenPlan) -> "Mapping[str, Tensor]":
+        """Return what the modules of ``feature_stage`` have learned, by the names of their parameters.
+
+        Raises:
+            CheckpointError: it is missing, damaged or of another shape.
+        """
+        return {}
+
+    def settled(self) -> Self:
+        """Return the method with paths that mean the same from every directory."""
+        return self
+
+    @property
+    def name(self) -> str:
+        """The name in a recipe."""
+        return type(self).__module__.rpartition(".")[2]
 
     def for_num_layers(self, before: int, after: int) -> Self:
         """Return the method for the same model cut from ``before`` to ``after`` decoder layers."""
@@ -86,9 +103,7 @@ def load_methods(steps: Sequence[CompressTable]) -> tuple[Method, ...]:
 
 def tables_of(chain: Sequence[Method]) -> tuple[CompressTable, ...]:
     """Return methods as recipe tables, every default filled in."""
-    return tuple(
-        CompressTable(method=type(method).__module__.rpartition(".")[2], options=table_of(method)) for method in chain
-    )
+    return tuple(CompressTable(method=method.name, options=table_of(method)) for method in chain)
 
 
 def plan_tokens(chain: Sequence[Method], spec: VlmSpec) -> TokenPlan:

@@ -119,6 +119,21 @@ class AdapterWeights(Weights):
 
 
 @dataclass(frozen=True)
+class AddedWeights(Weights):
+    """Weights and what was learned beside them, which is in memory."""
+
+    base: Weights
+    added: Mapping[str, Tensor] = field(repr=False)
+
+    @property
+    def shapes(self) -> Shapes:
+        return {**self.base.shapes, **{name: tuple(tensor.shape) for name, tensor in self.added.items()}}
+
+    def load(self, name: str) -> Tensor:
+        return self.added[name] if name in self.added else self.base.load(name)
+
+
+@dataclass(frozen=True)
 class TiedWeights(Weights):
     """Weights in which the head is the token embedding."""
 

@@ -65,6 +65,7 @@ def override(
     weights: str | None = None,
     num_layers: int | None = None,
     adapter: str | None = None,
+    compressor: str | None = None,
     dtype: str | None = None,
 ) -> Recipe:
     """Return the recipe with the options of the command line; None leaves what it says.
@@ -88,7 +89,22 @@ def override(
     parsed = {
         key: parse_table(cls, table[key], f"[{key}]") for key, cls in (("model", ModelTable), ("export", ExportTable))
     }
-    return replace(recipe, **parsed)
+    compress = recipe.compress if compressor is None else _with_weights(recipe, compressor)
+    return replace(recipe, compress=compress, **parsed)
+
+
+def _with_weights(recipe: Recipe, compressor: str) -> tuple[CompressTable, ...]:
+    """Return the methods with other weights for the one that has some."""
+    learning = [step for step in recipe.compress if "weights" in step.options]
+    if len(learning) != 1:
+        raise RecipeError(
+            f"--compressor {compressor} is for one method with weights, and recipe {recipe.name} has {len(learning)}; "
+            "choose another recipe, or say weights in its [[compress]] tables"
+        )
+    return tuple(
+        replace(step, options={**step.options, "weights": compressor}) if step is learning[0] else step
+        for step in recipe.compress
+    )
 
 
 def recipe_table(recipe: Recipe) -> dict[str, Any]:

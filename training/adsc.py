@@ -13,17 +13,16 @@ from typing import Any, Literal
 
 import torch
 from safetensors import SafetensorError
-from transformers import LlavaForConditionalGeneration
 
 from tokexport.errors import RecipeError, TrainingError
-from tokexport.exporter.checkpoint import Model, fingerprint, open_weights
+from tokexport.exporter.checkpoint import fingerprint
 from tokexport.exporter.export import Design
 from tokexport.exporter.method import arriving_plans
 from tokexport.exporter.methods.adsc import Adsc
 from tokexport.exporter.plan import squarest_grid
 from tokexport.training.compressed import CompressedLlava, Thinning
+from tokexport.training.frozen import load_llava, without_adapter
 from tokexport.training.loop import Listener, Schedule, attention_for, fit, make_accelerator
-from tokexport.training.progress_bars import without_progress_bars
 from tokexport.training.tuning_data import Material
 
 try:
@@ -86,7 +85,7 @@ def tune(made: Design, material: Material, tuning: Tuning, folder: Path, *, list
     """
     stages = curriculum(made, tuning.curriculum)
     torch.manual_seed(tuning.seed)
-    llava, accelerator = load_llava(made), make_accelerator()
+    llava, accelerator = load_llava(without_adapter(made.model)), make_accelerator()
     llava.set_attn_implementation(attention_for(accelerator.device))
     config = LoraConfig(r=tuning.rank, lora_alpha=2 * tuning.rank, target_modules=_LINEAR_LAYERS)
     with warnings.catch_warnings():
@@ -112,7 +111,7 @@ def tune(made: Design, material: Material, tuning: Tuning, folder: Path, *, list
             "curriculum": tuning.curriculum,
             "rank": tuning.rank,
             "seed": tuning.seed,
-            "model": fingerprint(_without_adapter(made.model))[:12],
+            "model": fingerprint(without_adapter(made.model))[:12],
             "data": material.name,
             "bottlenecks": {layer: list(thinning.index) for layer, thinning in stages[-1].items()},
             "positions": [thinning.positions for thinning in stages[-1].values()],
@@ -179,27 +178,6 @@ def eased(made: Design, method: Adsc, share: float) -> Adsc:
     return replace(
         method, drops=tuple(replace(drop, keep=keep) for drop, keep in zip(method.drops, keeps, strict=True))
     )
-
-
-def load_llava(made: Design) -> LlavaForConditionalGeneration:
-    """Return the recipe's model, weights and all, its adapter left out.
-
-    Raises:
-        CheckpointError: the weights do not fit.
-    """
-    dtype = torch.bfloat16 if torch.cuda.is_available() else torch.float32
-    weights = open_weights(_without_adapter(made.model))  # names what does not fit
-    if made.model.table.weights == "checkpoint":
-        with without_progress_bars():
-            llava: Any = LlavaForConditionalGeneration.from_pretrained(made.model.directory, dtype=dtype)
-        return llava
-    llava = made.model.family.reference_model(made.model.config)
-    llava.load_state_dict({name: weights.load(name) for name in weights.shapes}, strict=False)
-    return llava.to(dtype)
-
-
-def _without_adapter(model: Model) -> Model:
-    return replace(model, table=replace(model.table, adapter=None))
 
 
 def _thinnings(made: Design, method: Adsc) -> dict[int, Thinning]:

@@ -3,7 +3,7 @@
 The sub-modules are those of ``transformers``; what happens between them is what the exported
 decoder does, without a cache.
 
-B conversations, T tokens of the longest, U tokens that stay, N vision tokens of an image, M kept ones,
+B conversations, I images, T tokens of the longest, U tokens that stay, N vision tokens of an image, M kept ones,
 D width, E head width, A tokens that are answers, W vocabulary
 """
 
@@ -45,7 +45,7 @@ class CompressedLlava(nn.Module):
 
     def forward(
         self, pixel_values: Tensor, input_ids: Tensor, labels: Tensor, read: Tensor | None = None
-    ) -> tuple[Tensor, Tensor]:
+    ) -> tuple[Tensor, Mapping[str, Tensor]]:
         """Read conversations and compare what follows each token with the labels.
 
         Args:
@@ -56,39 +56,53 @@ class CompressedLlava(nn.Module):
                 others; an image then takes up M tokens of the input, and every conversation has one.
 
         Returns:
-            The mean cross entropy of the labelled tokens, and whether each was the likeliest (A,), row by row.
+            The mean cross entropy of the labelled tokens, and as ``right`` the share of them that was the likeliest.
         """
-        is_image_BT = input_ids == self._image_token
-        hidden_BTD = self._embedded(pixel_values, input_ids, read)
+        logits_AW, target_A = self.answer(self.image_features(pixel_values), input_ids, labels, read)
+        return functional.cross_entropy(logits_AW, target_A), {"right": share_right(logits_AW, target_A)}
+
+    def image_features(self, pixel_values: Tensor) -> Tensor:
+        """Return what tower and projector make of images, (I, N, D)."""
+        if not len(pixel_values):
+            return pixel_values.new_zeros(0, 0, 0)
+        seen: Any = self.llava.model.get_image_features(pixel_values=pixel_values)
+        return torch.stack(tuple(seen.pooler_output))
+
+    def answer(
+        self, features_IND: Tensor, input_ids: Tensor, labels: Tensor, read: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Return logits (A, W) of the labelled tokens and their labels (A,), row by row.
+
+        The arguments are those of ``forward``, with features in place of pixels.
+        """
+        is_image_BT = input_ids == self.image_token
+        hidden_BTD = self._embedded(features_IND, input_ids, read)
         position_BT = torch.arange(input_ids.shape[1], device=input_ids.device).expand_as(input_ids)
         if read is not None:
-            position_BT = _positions_of_all(position_BT, is_image_BT, read, self.llava.config.image_seq_length)
+            position_BT = _positions_of_all(position_BT, is_image_BT, read, features_IND.shape[1])
         # What a token is to say is the next token's label; so labels can go where their tokens go.
         target_BT = functional.pad(labels[:, 1:], (0, 1), value=NO_LABEL)
         hidden_BTD, target_BT = self._decoded(hidden_BTD, target_BT, position_BT, is_image_BT)
         hidden_AD, target_A = hidden_BTD[target_BT != NO_LABEL], target_BT[target_BT != NO_LABEL]
-        logits_AW = self.llava.lm_head(self._text_model.norm(hidden_AD)).float()
-        return functional.cross_entropy(logits_AW, target_A), logits_AW.argmax(-1) == target_A
+        return self.llava.lm_head(self._text_model.norm(hidden_AD)).float(), target_A
 
     @property
     def _text_model(self) -> Any:
         return self.llava.model.language_model
 
     @property
-    def _image_token(self) -> int:
+    def image_token(self) -> int:
+        """The id of the tokens that an image takes the place of."""
         return self.llava.config.image_token_index
 
-    def _embedded(self, pixel_values: Tensor, input_ids: Tensor, read_BM: Tensor | None) -> Tensor:
+    def _embedded(self, features_IND: Tensor, input_ids: Tensor, read_BM: Tensor | None) -> Tensor:
         embedded_BTD = self.llava.get_input_embeddings()(input_ids)
-        if not len(pixel_values):
+        if not len(features_IND):
             return embedded_BTD
-        seen: Any = self.llava.model.get_image_features(pixel_values=pixel_values)
-        features = tuple(seen.pooler_output)
         if read_BM is not None:
-            features = tuple(features_ND[read_M] for features_ND, read_M in zip(features, read_BM, strict=True))
-        features_XD = torch.cat(features).to(embedded_BTD.dtype)
-        is_image_BT1 = (input_ids == self._image_token).unsqueeze(-1)
-        return embedded_BTD.masked_scatter(is_image_BT1, features_XD)
+            features_IND = features_IND.gather(1, read_BM.unsqueeze(-1).expand(-1, -1, features_IND.shape[-1]))
+        is_image_BT1 = (input_ids == self.image_token).unsqueeze(-1)
+        return embedded_BTD.masked_scatter(is_image_BT1, features_IND.flatten(0, 1).to(embedded_BTD.dtype))
 
     def _decoded(
         self, hidden_BTD: Tensor, target_BT: Tensor, position_BT: Tensor, is_image_BT: Tensor
@@ -123,6 +137,11 @@ class CompressedLlava(nn.Module):
         length = hidden_BTD.shape[1]
         unseen_TT = torch.ones(length, length, dtype=torch.bool, device=hidden_BTD.device).triu(1)
         return torch.zeros(1, 1, length, length, device=hidden_BTD.device).masked_fill(unseen_TT, -torch.inf)
+
+
+def share_right(logits_AW: Tensor, target_A: Tensor) -> Tensor:
+    """Return which share of the labelled tokens was the likeliest."""
+    return (logits_AW.argmax(-1) == target_A).float().mean()
 
 
 def kept_places(is_image_BT: Tensor, index: Sequence[int]) -> Tensor:

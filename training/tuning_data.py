@@ -14,7 +14,6 @@ from transformers import LlavaProcessor
 from tokexport.dialogues.scene import SIDE
 from tokexport.errors import CheckpointError, InputError
 from tokexport.exporter.export import Design
-from tokexport.training.compressed import CompressedLlava
 from tokexport.training.conversation import ConversationEncoder
 from tokexport.training.llava_data import LlavaConversations, Padding, Reader, read_records
 from tokexport.training.mini import PixelNormalizer, Talker
@@ -34,7 +33,7 @@ class Material:
 
     name: str
     examples: "Dataset[Any]"
-    objective_of: Callable[[CompressedLlava], nn.Module]
+    objective_of: Callable[[nn.Module], nn.Module]
     collate: Callable[[list[Any]], Any] | None = None
 
 

@@ -15,7 +15,6 @@ from tokexport.engines.backend import Array, Backend, DecoderStep, Session, Sess
 from tokexport.engines.environment import available_cores
 from tokexport.engines.source import source_design
 from tokexport.exporter.bundle import Bundle
-from tokexport.exporter.checkpoint import open_weights
 from tokexport.exporter.export import Design, weight_names
 from tokexport.exporter.graph_io import GRAPHS, GraphName
 from tokexport.exporter.weights import Weights
@@ -96,7 +95,7 @@ class TorchSession(Session):
 
 
 def _loaded_modules(made: Design, dtype: torch.dtype) -> dict[GraphName, nn.Module]:
-    weights = open_weights(made.model)
+    weights = made.open_weights()
     with torch.device("meta"):
         modules = made.modules()
     for graph in GRAPHS:

@@ -2,7 +2,7 @@
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -136,7 +136,9 @@ class Llava15(Family):
             name = pattern.sub(replacement, name)
         return name
 
-    def vision_encoder(self, config: PreTrainedConfig, grid: tuple[int, int], stages: Sequence[nn.Module]) -> nn.Module:
+    def vision_encoder(
+        self, config: PreTrainedConfig, grid: tuple[int, int], stages: Mapping[str, nn.Module]
+    ) -> nn.Module:
         assert isinstance(config, LlavaConfig)
         return ClipVisionEncoder(config, grid, stages)
 

@@ -5,7 +5,7 @@ H and W height and width of an image in pixels, S side of a smaller one, G what 
 token included
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -24,7 +24,7 @@ class ClipVisionEncoder(nn.Module):
     patches the tower sees; for fewer than the model has, the image is shrunk first.
     """
 
-    def __init__(self, config: LlavaConfig, grid: tuple[int, int], stages: Sequence[nn.Module]) -> None:
+    def __init__(self, config: LlavaConfig, grid: tuple[int, int], stages: Mapping[str, nn.Module]) -> None:
         super().__init__()
         assert isinstance(config.vision_config, CLIPVisionConfig)
         vision_config = CLIPVisionConfig.from_dict(config.vision_config.to_dict())
@@ -40,7 +40,7 @@ class ClipVisionEncoder(nn.Module):
         position_ids = torch.arange(embeddings.num_positions, device="cpu").unsqueeze(0)
         embeddings.register_buffer("position_ids", position_ids, persistent=False)
         self.multi_modal_projector = LlavaMultiModalProjector(config)
-        self.stages = nn.ModuleList(stages)
+        self.stages = nn.ModuleDict(stages)
 
     def forward(self, pixel_values: Tensor) -> Tensor:
         """Return the image features (B, M, D) of ``pixel_values`` (B, 3, height, width)."""
@@ -48,7 +48,7 @@ class ClipVisionEncoder(nn.Module):
         for layer in self.vision_tower.encoder.layers:
             hidden_BNC = layer(hidden_BNC, attention_mask=None)
         features_BND = self.multi_modal_projector(hidden_BNC[:, 1:])  # without the class token
-        for stage in self.stages:
+        for stage in self.stages.values():
             features_BND = stage(features_BND)
         return features_BND
 

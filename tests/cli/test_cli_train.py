@@ -61,9 +61,9 @@ def test_the_mini_model_is_trained_from_nothing(run: Run, tmp_path: Path):
         (["--data", "{data}", "--images", "nowhere"], "{data}, entry 0: there is no image nowhere/0.png; give the "),
         (["--data", "{picture}"], "{picture} is no JSON in UTF-8 ("),
         (["--data", "{empty}"], "{empty}, entry 0: conversations must be a list of question and answer in turn, at "),
-        (["--images", "nowhere"], "--images nowhere has no effect on this tuning; leave it out"),
-        (["--data", "{data}", "--adapter", "x"], "--adapter x has no effect on this tuning; leave it out"),
-        (["--data", "{data}", "--dtype", "float16"], "--dtype float16 has no effect on this tuning; leave it out"),
+        (["--images", "nowhere"], "--images nowhere has no effect on this training; leave it out"),
+        (["--data", "{data}", "--adapter", "x"], "--adapter x has no effect on this training; leave it out"),
+        (["--data", "{data}", "--dtype", "float16"], "--dtype float16 has no effect on this training; leave it out"),
         ([], "made scenes have 336 x 336 pixels, and the model takes 56; give conversations with --data"),
         (["--model", "nowhere"], "there is no model directory nowhere; give a directory, a hub id like "),
         (

@@ -16,7 +16,7 @@ from transformers import LlavaForConditionalGeneration
 
 from tests.conftest import recipe_for, save_checkpoint, tiny_config
 from tokexport.errors import CheckpointError
-from tokexport.exporter import checkpoint as checkpoint_module
+from tokexport.exporter import bundled
 from tokexport.exporter.checkpoint import describe_model, fingerprint, open_weights
 from tokexport.exporter.export import design
 from tokexport.exporter.weights import Weights
@@ -134,7 +134,7 @@ def test_an_adapter_leaves_the_precision_as_it_was(tmp_path: Path, lora: Callabl
 def shipped(lora: Callable[..., Lora], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Lora:
     """Let an adapter ship with tokexport, by the name ``adapter``."""
     made = lora()
-    monkeypatch.setattr(checkpoint_module, "BUNDLED", tmp_path / "models")
+    monkeypatch.setattr(bundled, "BUNDLED", tmp_path / "models")
     folder = shutil.copytree(made.folder, tmp_path / "models" / "adapter")
     return Lora(folder, made.merged)
 

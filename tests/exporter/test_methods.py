@@ -59,6 +59,14 @@ EXAMPLES: dict[str, Sequence[Steps]] = {
         [adsc(positions="renumber")],
         [{"method": "adsc", "drops": [{"layer": 0, "keep": 6}]}],
     ],
+    "metacompress": [
+        [{"method": "metacompress", "keep": 6, "weights": "untrained"}],
+        [
+            {"method": "metacompress", "keep": 7, "pattern": "stride", "width": 8, "weights": "untrained"},
+            {"method": "adsc", "drops": [{"layer": 2, "keep": 5}]},
+        ],
+    ],
+    "pool": [[{"method": "pool", "keep": 4}], [{"method": "pool", "keep": 5, "pattern": "stride"}]],
     "random": [[{"method": "random", "keep": 5}]],
     "resize": [
         [{"method": "resize", "keep": 9}],
@@ -73,7 +81,11 @@ EXAMPLES: dict[str, Sequence[Steps]] = {
 }
 CASES = [steps for example in EXAMPLES.values() for steps in example]
 # Forms that other forms leave no doubt about are planned, but not traced once more.
-TRACED = [[adsc()], EXAMPLES["adsc"][3], *EXAMPLES["random"], *EXAMPLES["resize"], *EXAMPLES["sample"]]
+TRACED = [
+    [adsc()],
+    EXAMPLES["adsc"][3],
+    *(steps for name, forms in EXAMPLES.items() if name != "adsc" for steps in forms),
+]
 
 
 def drops(*pairs: tuple[int, float], **options: object) -> Adsc:

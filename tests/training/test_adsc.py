@@ -24,8 +24,9 @@ from tokexport.exporter.checkpoint import describe_model, open_weights
 from tokexport.exporter.export import Design, design
 from tokexport.exporter.methods.adsc import Adsc
 from tokexport.recipes.load import load_recipe, override
-from tokexport.training.adsc import Curriculum, Tuning, curriculum, eased, load_llava, stage_at, tune
+from tokexport.training.adsc import Curriculum, Tuning, curriculum, eased, stage_at, tune
 from tokexport.training.compressed import NO_LABEL, CompressedLlava
+from tokexport.training.frozen import load_llava, without_adapter
 from tokexport.training.loop import LOG_FILE, Listener, Schedule
 from tokexport.training.tuning_data import Material, llava_material, made_material
 
@@ -271,18 +272,18 @@ def test_the_model_is_loaded_without_the_recipes_adapter(checkpoint: Path, tmp_p
     adapter = save_adapter(tmp_path / "adapter")
     made = design(override(recipe_for(checkpoint, adsc()), adapter=str(adapter)))
     plain = LlavaForConditionalGeneration.from_pretrained(checkpoint).state_dict()
-    assert torch.equal(load_llava(made).state_dict()[QUERY].float(), plain[QUERY])
+    assert torch.equal(load_llava(without_adapter(made.model)).state_dict()[QUERY].float(), plain[QUERY])
 
 
 def test_a_model_with_random_weights_is_that_of_the_recipe(checkpoint: Path, tmp_path: Path):
     adapter = save_adapter(tmp_path / "adapter")
     recipe = override(recipe_for(checkpoint, adsc()), weights="random", adapter=str(adapter))
     expected = open_weights(describe_model(override(recipe_for(checkpoint), weights="random").model))
-    assert torch.equal(load_llava(design(recipe)).state_dict()[QUERY], expected.load(QUERY))
+    assert torch.equal(load_llava(without_adapter(design(recipe).model)).state_dict()[QUERY], expected.load(QUERY))
 
 
 def test_loading_draws_nothing_for_people(made: Design, capfd: pytest.CaptureFixture[str]):
-    load_llava(made)
+    load_llava(without_adapter(made.model))
     assert capfd.readouterr() == ("", "")
 
 
@@ -293,7 +294,7 @@ def test_a_checkpoint_that_does_not_fit_its_configuration_is_refused(tmp_path: P
     table["text_config"]["intermediate_size"] = 128
     (folder / "config.json").write_text(json.dumps(table))
     with pytest.raises(CheckpointError, match=r"do not fit its config\.json"):
-        load_llava(design(made.recipe))
+        load_llava(design(made.recipe).model)
 
 
 def test_a_checkpoint_without_a_tokenizer_is_refused(tmp_path: Path):

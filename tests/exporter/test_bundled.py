@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import MINI
-from tokexport.exporter import checkpoint
-from tokexport.exporter.checkpoint import BUNDLED_MODEL, list_bundled, local_directory
+from tokexport.exporter import bundled
+from tokexport.exporter.bundled import BUNDLED_MODEL, list_bundled, local_directory
 
 
 def test_the_model_whose_processor_random_weights_take_ships():
@@ -15,7 +15,7 @@ def test_the_model_whose_processor_random_weights_take_ships():
 
 
 def test_the_names_that_ship_are_those_of_the_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(checkpoint, "BUNDLED", tmp_path)
+    monkeypatch.setattr(bundled, "BUNDLED", tmp_path)
     for name in ("second", "first"):
         (tmp_path / name).mkdir()
     (tmp_path / "README.md").write_text("no model")

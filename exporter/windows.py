@@ -1,0 +1,145 @@
+"""Windows over vision tokens: how wide they are, how far apart, and how many fit.
+
+Methods that merge tokens start from averages over windows, and the windows alone say how many tokens come out.
+"""
+
+import math
+from abc import ABC
+from dataclasses import dataclass
+from itertools import product
+from typing import Literal
+
+from tokexport.errors import RecipeError
+from tokexport.exporter.method import Method
+from tokexport.exporter.plan import TokenPlan, VlmSpec, resolve_keep, squarest_grid
+
+Pattern = Literal["stride", "grid"]
+# Of the sides of a cell; where no product is squarer, the nearest counts that are do better.
+_MOST_STRETCH = 2.0
+
+
+@dataclass(frozen=True)
+class Windows:
+    """Windows of one size at equal distances along each axis: of a sequence one, of a grid rows and columns."""
+
+    arriving: tuple[int, ...]
+    kernel: tuple[int, ...]
+    stride: tuple[int, ...]
+
+    @property
+    def kept(self) -> tuple[int, ...]:
+        """How many windows fit along each axis."""
+        return tuple(
+            (length - kernel) // stride + 1
+            for length, kernel, stride in zip(self.arriving, self.kernel, self.stride, strict=True)
+        )
+
+    @property
+    def count(self) -> int:
+        """How many tokens come out."""
+        return math.prod(self.kept)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Windowed(Method, ABC):
+    """A method before the language model with one token for each window.
+
+    Attributes:
+        keep: a token count (int) or a fraction (float), for which kernel and stride are found; or else give both.
+        kernel: tokens that a window covers, along each axis.
+        stride: tokens from one window to the next, along each axis.
+        pattern: ``stride`` lays windows along the row-major sequence, ``grid`` along rows and columns.
+    """
+
+    keep: int | float | None = None
+    kernel: int | None = None
+    stride: int | None = None
+    pattern: Pattern = "grid"
+
+    def plan(self, spec: VlmSpec, arriving: TokenPlan) -> TokenPlan:
+        windows = self.windows(arriving)
+        grid = (windows.kept[0], windows.kept[1]) if len(windows.kept) == 2 else None
+        return arriving.thinned_before_llm(windows.count, grid)
+
+    def windows(self, arriving: TokenPlan) -> Windows:
+        """Return the windows over the tokens that arrive.
+
+        Raises:
+            RecipeError: no windows make what is asked for.
+        """
+        where = f"[[compress]] {self.name}:"
+        if (self.keep is None) == (self.kernel is None) or (self.kernel is None) != (self.stride is None):
+            given = [key for key in ("keep", "kernel", "stride") if getattr(self, key) is not None]
+            raise RecipeError(
+                f"{where} {' and '.join(given) or 'nothing'} is given, expected either keep, or kernel and stride"
+            )
+        axes = (arriving.entering_llm,) if self.pattern == "stride" else _require_grid(arriving, where)
+        if self.kernel is not None and self.stride is not None:
+            return _given(axes, self.kernel, self.stride, where)
+        assert self.keep is not None
+        count = resolve_keep(self.keep, arriving.entering_llm, where)
+        if self.pattern == "stride":
+            kept: tuple[int, ...] = (count,)
+        else:
+            kept = _kept_grid(axes, count, where, may_differ=isinstance(self.keep, float))
+        found = [fitting(length, number) for length, number in zip(axes, kept, strict=True)]
+        return Windows(axes, tuple(kernel for kernel, _ in found), tuple(stride for _, stride in found))
+
+
+def fitting(length: int, count: int) -> tuple[int, int]:
+    """Return kernel and stride of ``count`` windows over ``length`` tokens, as close to a tiling as can be.
+
+    Of those where both differ least, the ones that cover most tokens are taken.
+    """
+    if count == 1:
+        return length, length
+    largest = (length - 1) // (count - 1)
+    choices = [
+        (kernel, stride)
+        for stride in range(1, largest + 1)
+        # The last window ends within the tokens, and no other would fit behind it.
+        for kernel in range(max(1, length - count * stride + 1), length - (count - 1) * stride + 1)
+    ]
+    return min(choices, key=lambda choice: (abs(choice[0] - choice[1]), -choice[0]))
+
+
+def _given(axes: tuple[int, ...], kernel: int, stride: int, where: str) -> Windows:
+    if kernel < 1 or stride < 1 or kernel > min(axes):
+        raise RecipeError(
+            f"{where} kernel = {kernel} and stride = {stride} must be at least 1, and the kernel at most {min(axes)}, "
+            "the tokens that arrive along an axis"
+        )
+    windows = Windows(axes, (kernel,) * len(axes), (stride,) * len(axes))
+    # What keep cannot ask for, windows cannot either.
+    resolve_keep(windows.count, math.prod(axes), f"{where} kernel = {kernel} and stride = {stride} make")
+    return windows
+
+
+def _kept_grid(axes: tuple[int, ...], count: int, where: str, *, may_differ: bool) -> tuple[int, int]:
+    grid = (axes[0], axes[1])
+    # Nothing is compressed with as many windows as tokens.
+    counts = sorted({rows * columns for rows, columns in product(*(range(1, side + 1) for side in grid))} - {1})[:-1]
+    found = {number: kept for number in counts if (kept := squarest_grid(grid, grid, number)) and _is_even(grid, kept)}
+    if may_differ:
+        count = min(found, key=lambda number: abs(number - count))
+    if count not in found:
+        below, above = [n for n in found if n < count][-1:], [n for n in found if n > count][:1]
+        raise RecipeError(
+            f"{where} no kernel and stride over {grid[0]} x {grid[1]} tokens make {count}; keep "
+            f'{" or ".join(map(str, below + above))}, or lay the windows along the sequence with pattern = "stride"'
+        )
+    return found[count]
+
+
+def _is_even(grid: tuple[int, int], kept: tuple[int, int]) -> bool:
+    stretch = (grid[0] / kept[0]) / (grid[1] / kept[1])
+    return max(stretch, 1 / stretch) <= _MOST_STRETCH
+
+
+def _require_grid(arriving: TokenPlan, where: str) -> tuple[int, ...]:
+    if arriving.grid is None:
+        raise RecipeError(
+            f'{where} pattern = "grid" needs a full grid of tokens, which an earlier method broke; use '
+            'pattern = "stride"'
+        )
+    return arriving.grid
