@@ -34,6 +34,7 @@ def build(
     weights: str | None = None,
     num_layers: int | None = None,
     adapter: str | None = None,
+    compressor: str | None = None,
     dtype: str | None = None,
     settings: Sequence[str] = (),
     backend: str = "ort",
@@ -51,6 +52,7 @@ def build(
         weights: ``checkpoint`` or ``random``.
         num_layers: cut a random model to so many decoder layers.
         adapter: a LoRA adapter to merge: a directory, or the name of one that ships.
+        compressor: what a method learned: a file that training wrote, or the name of one that ships.
         dtype: ``float32``, ``float16`` or ``bfloat16``.
         settings: ``key=value`` changes to the recipe.
         backend: the engine to verify and measure.
@@ -71,6 +73,7 @@ def build(
         weights=weights,
         num_layers=num_layers,
         adapter=adapter,
+        compressor=compressor,
         dtype=dtype,
     )
     return build_recipe(
@@ -93,8 +96,10 @@ def load(
     max_images: int | None = None,
     model: str | None = None,
     adapter: str | None = None,
+    compressor: str | None = None,
 ) -> "Vlm":
     """Open an artefact to ask it questions; see ``engines.model.load`` for the arguments."""
+    from tokexport.engines.backend import Source
     from tokexport.engines.model import load as load_artefact
 
     return load_artefact(
@@ -103,8 +108,7 @@ def load(
         threads=threads,
         max_text_tokens=max_text_tokens,
         max_images=max_images,
-        model=model,
-        adapter=adapter,
+        source=Source(model=model, adapter=adapter, compressor=compressor),
     )
 
 
@@ -131,11 +135,14 @@ def verify(
     threads: int | None = None,
     model: str | None = None,
     adapter: str | None = None,
+    compressor: str | None = None,
 ) -> "Verification":
     """Climb the parity ladder of an artefact; ``passed`` of the result is the verdict."""
+    from tokexport.engines.backend import Source
     from tokexport.engines.build import verify_artefact
 
-    return verify_artefact(Path(path), backend=backend, threads=threads, model=model, adapter=adapter)
+    source = Source(model=model, adapter=adapter, compressor=compressor)
+    return verify_artefact(Path(path), backend=backend, threads=threads, source=source)
 
 
 def bench(
@@ -145,20 +152,21 @@ def bench(
     threads: int | None = None,
     model: str | None = None,
     adapter: str | None = None,
+    compressor: str | None = None,
     text_tokens: int | None = None,
     new_tokens: int = 16,
     repeats: int = 7,
     controls: Sequence[str] = ("sample", "random"),
 ) -> "Bench":
     """Measure an artefact beside PyTorch, all tokens and control methods; ``report()`` of the result is the JSON."""
+    from tokexport.engines.backend import Source
     from tokexport.engines.bench import bench_artefact
 
     return bench_artefact(
         Path(path),
         backend=backend,
         threads=threads,
-        model=model,
-        adapter=adapter,
+        source=Source(model=model, adapter=adapter, compressor=compressor),
         text_tokens=text_tokens,
         new_tokens=new_tokens,
         repeats=repeats,
@@ -183,6 +191,7 @@ def evaluate(
     threads: int | None = None,
     model: str | None = None,
     adapter: str | None = None,
+    compressor: str | None = None,
 ) -> "Accuracy":
     """Measure the accuracy of an artefact on dialogues; ``report()`` of the result is the JSON.
 
@@ -190,6 +199,7 @@ def evaluate(
     is explained at ``engines.accuracy.evaluate_artefact`` and ``EvalOptions``.
     """
     from tokexport.engines.accuracy import EvalOptions, evaluate_artefact
+    from tokexport.engines.backend import Source
     from tokexport.engines.evaluation_data import open_dialogues
 
     options = EvalOptions(
@@ -198,8 +208,7 @@ def evaluate(
         max_new_tokens=max_new_tokens,
         max_text_tokens=max_text_tokens,
         threads=threads,
-        model=model,
-        adapter=adapter,
+        source=Source(model=model, adapter=adapter, compressor=compressor),
     )
     return evaluate_artefact(
         Path(path),

@@ -412,7 +412,7 @@ def _open_chat(artefact: Path, options: dict[str, Any]) -> tuple["Vlm", "Chat"]:
     from tokexport.engines.model import load
 
     _sampling(options)  # a wrong number is said before the model is opened
-    opening = ("backend", "threads", "max_text_tokens", "max_images", "model", "adapter")
+    opening = ("backend", "threads", "max_text_tokens", "max_images", "source")
     vlm = load(artefact, **{name: options[name] for name in opening})
     return vlm, _new_chat(vlm, options)
 

@@ -1,14 +1,16 @@
 """Options that several commands share, as decorators of a command."""
 
+import functools
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import click
 
 if TYPE_CHECKING:
     from tokexport.recipes.schema import Recipe
 
+_SOURCES = {"model": "checkpoint", "adapter": "adapter", "compressor": "compressor"}
 Command = TypeVar("Command", bound=Callable[..., Any])
 
 
@@ -71,12 +73,20 @@ def engine_options(command: Command) -> Command:
 
 
 def source_options(command: Command) -> Command:
-    """Add the options that say where lies what an artefact was made from."""
-    options = [
-        click.option("--model", help="The checkpoint, if it has moved since the build."),
-        click.option("--adapter", help="The adapter, if it has moved since the build."),
+    """Add the options that say where lies what an artefact was made from; the command gets one ``source``."""
+
+    @functools.wraps(command)
+    def with_source(*args: Any, **options: Any) -> Any:
+        from tokexport.engines.backend import Source
+
+        parts = {name: options.pop(name) for name in _SOURCES}
+        return command(*args, source=Source(**parts), **options)
+
+    what = [
+        click.option(f"--{name}", help=f"The {meaning}, if it has moved since the build.")
+        for name, meaning in _SOURCES.items()
     ]
-    return with_options(*options)(command)
+    return cast("Command", with_options(*what)(with_source))
 
 
 def answer_options(command: Command) -> Command:

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from tokexport.engines.backend import DEFAULT_BACKEND, SessionOptions, load_backend
+from tokexport.engines.backend import AS_BUILT, DEFAULT_BACKEND, SessionOptions, Source, load_backend
 from tokexport.engines.evaluate import DEFAULT_MAX_NEW_TOKENS, Comparison, Evaluation, ScoredAnswer, evaluate
 from tokexport.engines.evaluation_data import DialogueSet
 from tokexport.engines.intervals import Floats
@@ -39,8 +39,7 @@ class EvalOptions:
         max_new_tokens: the longest answer.
         max_text_tokens: room for the text of a dialogue, None for what the data needs.
         threads: CPU threads, None for as many as there are cores.
-        model: the checkpoint, for engines that run from it and if it has moved.
-        adapter: its adapter, likewise.
+        source: for engines that run from the checkpoint.
     """
 
     backend: str = DEFAULT_BACKEND
@@ -48,8 +47,7 @@ class EvalOptions:
     max_new_tokens: int = DEFAULT_MAX_NEW_TOKENS
     max_text_tokens: int | None = None
     threads: int | None = None
-    model: str | None = None
-    adapter: str | None = None
+    source: Source = AS_BUILT
 
     def __post_init__(self) -> None:
         if self.metric not in METRICS:
@@ -137,7 +135,8 @@ def evaluate_artefact(
         if full_scores is None:
             # An adapter tunes a model to its compression; the uncompressed artefact is usually without one.
             is_adapted = full_bundle.recipe.model.adapter is not None
-            full_options = options if is_adapted else replace(options, adapter=None)
+            kept = {"model": options.source.model, "adapter": options.source.adapter if is_adapted else None}
+            full_options = replace(options, source=Source(**kept))
             full_found = _run(full_bundle, asked, full_options, lambda _: None, progress, tick)
             full_scores = full_found.scores_Q
             if store:
@@ -158,8 +157,7 @@ def _run(
         max_text_tokens=options.max_text_tokens or _room(bundle, asked, options.max_new_tokens),
         max_images=1,
         threads=options.threads,
-        model=options.model,
-        adapter=options.adapter,
+        source=options.source,
     )
     vlm = Vlm(bundle, options.backend, session)
     progress(f"evaluating {name} on {asked.size} dialogues")

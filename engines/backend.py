@@ -26,6 +26,25 @@ Array = NDArray[np.generic]
 
 
 @dataclass(frozen=True, kw_only=True)
+class Source:
+    """Where lies now what an artefact was made from; None for where it lay.
+
+    Attributes:
+        model: its checkpoint.
+        adapter: the adapter that was merged.
+        compressor: what its compression method learned.
+    """
+
+    model: str | None = None
+    adapter: str | None = None
+    compressor: str | None = None
+
+
+AS_BUILT = Source()
+"""Everything lies where it lay."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class SessionOptions:
     """How a session is opened.
 
@@ -33,15 +52,13 @@ class SessionOptions:
         max_text_tokens: text tokens, prompt and answers together, that the cache has room for.
         max_images: images that it has room for.
         threads: CPU threads, None for as many as there are cores.
-        model: where the checkpoint lies now, for engines that run from it instead of from the graphs.
-        adapter: where its adapter lies now, likewise.
+        source: for engines that run from the checkpoint instead of from the graphs.
     """
 
     max_text_tokens: int
     max_images: int
     threads: int | None = None
-    model: str | None = None
-    adapter: str | None = None
+    source: Source = AS_BUILT
 
     def __post_init__(self) -> None:
         for name, value, least in (("max-text-tokens", self.max_text_tokens, 1), ("max-images", self.max_images, 0)):
@@ -58,8 +75,7 @@ class SessionOptions:
         max_text_tokens: int | None = None,
         max_images: int | None = None,
         threads: int | None = None,
-        model: str | None = None,
-        adapter: str | None = None,
+        source: Source = AS_BUILT,
     ) -> "SessionOptions":
         """Fill what is None from the artefact's recipe."""
         table = bundle.recipe.session
@@ -68,8 +84,7 @@ class SessionOptions:
             max_text_tokens=usual if max_text_tokens is None else max_text_tokens,
             max_images=table.max_images if max_images is None else max_images,
             threads=threads,
-            model=model,
-            adapter=adapter,
+            source=source,
         )
 
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from tokexport.engines.backend import SessionOptions, load_backend
+from tokexport.engines.backend import AS_BUILT, SessionOptions, Source, load_backend
 from tokexport.engines.environment import describe_environment
 from tokexport.engines.report import write_reports
 from tokexport.engines.source import source_design
@@ -118,7 +118,7 @@ def bench(
     text_tokens = bundle.recipe.plan.text_tokens if text_tokens is None else text_tokens
     _at_least("text-tokens", text_tokens, 0)
     workload = Workload(text_tokens=text_tokens, new_tokens=new_tokens)
-    made = source_design(bundle, options.model, options.adapter)
+    made = source_design(bundle, options.source)
     _require_measurable(engine, made, workload, controls)
     options = replace(options, max_text_tokens=text_tokens + new_tokens, max_images=1)
     with _arms(bundle, engine, made, controls, progress) as arms:
@@ -158,13 +158,12 @@ def bench_artefact(
     *,
     backend: str,
     threads: int | None = None,
-    model: str | None = None,
-    adapter: str | None = None,
+    source: Source = AS_BUILT,
     **options: Any,
 ) -> Bench:
     """Measure an artefact and write its report; see ``bench`` for the options."""
     bundle = Bundle.open(path)
-    session = SessionOptions.for_bundle(bundle, threads=threads, model=model, adapter=adapter)
+    session = SessionOptions.for_bundle(bundle, threads=threads, source=source)
     measured = bench(bundle, backend, session, **options)
     bundle.write_report("bench.json", measured.report())
     write_reports(bundle)

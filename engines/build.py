@@ -4,7 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from tokexport.engines.backend import DEFAULT_BACKEND, SessionOptions, load_backend
+from tokexport.engines.backend import AS_BUILT, DEFAULT_BACKEND, SessionOptions, Source, load_backend
 from tokexport.engines.bench import Bench, bench
 from tokexport.engines.parity import Verification, failure_text, require_provable, verify
 from tokexport.engines.prompt import require_askable
@@ -104,8 +104,7 @@ def verify_artefact(
     *,
     backend: str = DEFAULT_BACKEND,
     threads: int | None = None,
-    model: str | None = None,
-    adapter: str | None = None,
+    source: Source = AS_BUILT,
     progress: Progress = lambda _: None,
 ) -> Verification:
     """Prove an artefact again, every checksum and the whole ladder, and write its report.
@@ -114,7 +113,7 @@ def verify_artefact(
     """
     progress("hashing files")
     bundle = Bundle.open(path, check_all=True)
-    options = SessionOptions.for_bundle(bundle, threads=threads, model=model, adapter=adapter)
+    options = SessionOptions.for_bundle(bundle, threads=threads, source=source)
     verification = verify(bundle, backend, options, repro=repro_folder(path), progress=progress)
     bundle.write_report("verify.json", verification.report())
     write_reports(bundle)

@@ -18,7 +18,7 @@ from typing import Any
 from PIL import Image
 from tqdm import tqdm
 
-from tokexport.engines.backend import DEFAULT_BACKEND
+from tokexport.engines.backend import DEFAULT_BACKEND, Source
 from tokexport.engines.generate import Sampling
 from tokexport.engines.model import Vlm, load
 from tokexport.errors import BackendUnavailableError, InputError
@@ -131,6 +131,7 @@ class TokexportModel(_Base):
         max_images: int | None = None,
         model: str | None = None,
         adapter: str | None = None,
+        compressor: str | None = None,
         batch_size: int | str = 1,
         max_batch_size: int | None = None,
         device: str | None = None,
@@ -146,8 +147,7 @@ class TokexportModel(_Base):
             threads=threads,
             max_text_tokens=max_text_tokens,
             max_images=max_images,
-            model=model,
-            adapter=adapter,
+            source=Source(model=model, adapter=adapter, compressor=compressor),
         )
 
     @property

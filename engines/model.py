@@ -8,7 +8,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from tokexport.engines.backend import DEFAULT_BACKEND, Session, SessionOptions, open_session
+from tokexport.engines.backend import AS_BUILT, DEFAULT_BACKEND, Session, SessionOptions, Source, open_session
 from tokexport.engines.generate import Conversation, EndedBy, Sampler, Sampling
 from tokexport.engines.images import as_rgb, load_image
 from tokexport.engines.prompt import Dialogue, PromptProcessor
@@ -138,8 +138,7 @@ def load(
     threads: int | None = None,
     max_text_tokens: int | None = None,
     max_images: int | None = None,
-    model: str | None = None,
-    adapter: str | None = None,
+    source: Source = AS_BUILT,
 ) -> Vlm:
     """Open an artefact to ask it questions.
 
@@ -149,8 +148,7 @@ def load(
         threads: CPU threads, None for as many as there are cores.
         max_text_tokens: text tokens of a whole conversation that the cache has room for.
         max_images: images that it has room for.
-        model: the checkpoint, for engines that run from it and if it has moved.
-        adapter: its adapter, likewise.
+        source: for engines that run from the checkpoint.
 
     Raises:
         BundleError: the artefact is damaged, newer, or none.
@@ -162,8 +160,7 @@ def load(
         max_text_tokens=max_text_tokens,
         max_images=max_images,
         threads=threads,
-        model=model,
-        adapter=adapter,
+        source=source,
     )
     return Vlm(bundle, backend, options)
 

@@ -127,7 +127,7 @@ def verify(
     if repro is not None:
         shutil.rmtree(repro, ignore_errors=True)  # of an older failure
     require_provable(backend, bundle.recipe.export.dtype)
-    made = source_design(bundle, options.model, options.adapter)
+    made = source_design(bundle, options.source)
     probe = make_probe(made)
     num_text = sum(before + after for before, _, after in _TURNS) + len(_TURNS) * NEW_TOKENS
     options = replace(options, max_text_tokens=num_text, max_images=sum(has_image for _, has_image, _ in _TURNS))

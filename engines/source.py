@@ -2,37 +2,47 @@
 
 from dataclasses import replace
 
+from tokexport.engines.backend import Source
 from tokexport.errors import CheckpointError, InputError
 from tokexport.exporter.bundle import Bundle
 from tokexport.exporter.export import Design, design
+from tokexport.recipes.load import with_compressor
 
 
-def source_design(bundle: Bundle, model: str | None = None, adapter: str | None = None) -> Design:
-    """Return the design an artefact was made from, its checkpoint and adapter at hand.
-
-    Args:
-        bundle: the artefact.
-        model: where its checkpoint lies now, None for where it lay.
-        adapter: where its adapter lies now, None for where it lay.
+def source_design(bundle: Bundle, source: Source) -> Design:
+    """Return the design an artefact was made from, its checkpoint and all else at hand.
 
     Raises:
-        CheckpointError: the checkpoint or the adapter is gone or another one.
-        InputError: an adapter for an artefact that was made without one.
+        CheckpointError: the checkpoint, the adapter or the compressor is gone or another one.
+        InputError: an adapter or a compressor for an artefact that was made without one.
     """
     recipe = bundle.recipe
-    if adapter is not None and recipe.model.adapter is None:
-        raise InputError(f"{bundle.path} was made without an adapter; leave out --adapter")
-    moved = {"checkpoint": model, "adapter": adapter}
+    has_weights = any("weights" in step.options for step in recipe.compress)
+    for name, given, is_used in (
+        ("adapter", source.adapter, recipe.model.adapter is not None),
+        ("compressor", source.compressor, has_weights),
+    ):
+        if given is not None and not is_used:
+            raise InputError(f"{bundle.path} was made without {_with_article(name)}; leave out --{name}")
+    moved = {"checkpoint": source.model, "adapter": source.adapter}
     table = replace(recipe.model, **{key: value for key, value in moved.items() if value is not None})
-    made = design(replace(recipe, model=table))
+    recipe = replace(recipe, model=table)
+    made = design(recipe if source.compressor is None else with_compressor(recipe, source.compressor))
     if made.fingerprint() == bundle.manifest.model.fingerprint:
         return made
-    if table.adapter is None:
+    parts = [] if table.adapter is None else [f"the adapter {table.adapter}"]
+    parts += [f"the compressor {step.options['weights']}" for step in made.recipe.compress if "weights" in step.options]
+    if not parts:
         raise CheckpointError(
             f"{table.checkpoint} is not the checkpoint that {bundle.path} was made from; give the right one with "
             "--model"
         )
+    options = ["--model", *(f"--{part.split()[1]}" for part in parts)]
     raise CheckpointError(
-        f"{table.checkpoint} with the adapter {table.adapter} is not what {bundle.path} was made from; give the right "
-        "ones with --model and --adapter"
+        f"{table.checkpoint} with {' and '.join(parts)} is not what {bundle.path} was made from; give the right ones "
+        f"with {', '.join(options[:-1])} and {options[-1]}"
     )
+
+
+def _with_article(noun: str) -> str:
+    return f"an {noun}" if noun[0] in "aeiou" else f"a {noun}"

@@ -32,7 +32,7 @@ def load_compressor(source: str, module: nn.Module, sizes: Mapping[str, str]) ->
             values = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - it is no mapping
     except FileNotFoundError:
         raise CheckpointError(
-            f"there are no compressor weights {source}; train them with 'tokexport train' and give its file with "
+            f"there are no compressor weights {source}; train them with 'tokexport train' and give the file with "
             "--compressor"
         ) from None
     except (SafetensorError, OSError) as error:

@@ -89,22 +89,27 @@ def override(
     parsed = {
         key: parse_table(cls, table[key], f"[{key}]") for key, cls in (("model", ModelTable), ("export", ExportTable))
     }
-    compress = recipe.compress if compressor is None else _with_weights(recipe, compressor)
-    return replace(recipe, compress=compress, **parsed)
+    recipe = recipe if compressor is None else with_compressor(recipe, compressor)
+    return replace(recipe, **parsed)
 
 
-def _with_weights(recipe: Recipe, compressor: str) -> tuple[CompressTable, ...]:
-    """Return the methods with other weights for the one that has some."""
+def with_compressor(recipe: Recipe, compressor: str) -> Recipe:
+    """Return the recipe with other weights for the one method that has some.
+
+    Raises:
+        RecipeError: none or several have weights.
+    """
     learning = [step for step in recipe.compress if "weights" in step.options]
     if len(learning) != 1:
         raise RecipeError(
             f"--compressor {compressor} is for one method with weights, and recipe {recipe.name} has {len(learning)}; "
             "choose another recipe, or say weights in its [[compress]] tables"
         )
-    return tuple(
+    compress = tuple(
         replace(step, options={**step.options, "weights": compressor}) if step is learning[0] else step
         for step in recipe.compress
     )
+    return replace(recipe, compress=compress)
 
 
 def recipe_table(recipe: Recipe) -> dict[str, Any]:

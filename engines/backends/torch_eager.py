@@ -27,7 +27,7 @@ class TorchEager(Backend):
     runs_graphs = False
 
     def open(self, bundle: Bundle, options: SessionOptions) -> "TorchSession":
-        return TorchSession(source_design(bundle, options.model, options.adapter), options)
+        return TorchSession(source_design(bundle, options.source), options)
 
 
 class TorchSession(Session):

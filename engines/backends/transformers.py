@@ -26,7 +26,7 @@ class Transformers(Backend):
     is_compressed = False
 
     def open(self, bundle: Bundle, options: SessionOptions) -> "TransformersSession":
-        return TransformersSession(source_design(bundle, options.model, options.adapter), options)
+        return TransformersSession(source_design(bundle, options.source), options)
 
 
 class TransformersSession(Session):

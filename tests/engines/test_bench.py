@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from tests.conftest import NUM_LAYERS
-from tokexport.engines.backend import SessionOptions
+from tokexport.engines.backend import SessionOptions, Source
 from tokexport.engines.bench import _control, bench, bench_artefact
 from tokexport.engines.worker import EngineProcess, Workload
 from tokexport.errors import BackendUnavailableError, BundleError, CheckpointError, InputError, RecipeError
@@ -173,7 +173,7 @@ def opened(bundle: Bundle, backend: str, **options: Any) -> None:
 
 def test_an_engine_that_cannot_be_opened_gives_its_own_error(tiny_adsc: Bundle, tmp_path: Path):
     with pytest.raises(CheckpointError, match=r"^there is no model directory "):
-        opened(tiny_adsc, "torch-eager", model=str(tmp_path / "gone"))
+        opened(tiny_adsc, "torch-eager", source=Source(model=str(tmp_path / "gone")))
 
 
 def test_an_unknown_engine_gives_its_own_error(tiny_adsc: Bundle):

@@ -14,7 +14,7 @@ import torch
 
 from tests.conftest import adsc, recipe_for, save_checkpoint, tiny_config
 from tests.engines.conftest import with_checksums_of_today
-from tokexport.engines.backend import SessionOptions
+from tokexport.engines.backend import SessionOptions, Source
 from tokexport.engines.generate import IMAGE
 from tokexport.engines.parity import NEW_TOKENS, Verification, failure_text, make_probe, verify
 from tokexport.engines.source import source_design
@@ -264,7 +264,7 @@ def test_graphs_with_other_positions_fail_in_the_keys_behind_the_bottleneck(tiny
 def test_another_checkpoint_of_the_same_sizes_is_refused(tiny_adsc: Bundle, tmp_path: Path):
     other = save_checkpoint(tmp_path / "other", tiny_config(), seed=1)
     with pytest.raises(CheckpointError) as caught:
-        verify(tiny_adsc, "ort", SessionOptions.for_bundle(tiny_adsc, model=str(other)))
+        verify(tiny_adsc, "ort", SessionOptions.for_bundle(tiny_adsc, source=Source(model=str(other))))
     assert str(caught.value) == (
         f"{other} is not the checkpoint that {tiny_adsc.path} was made from; give the right one with --model"
     )
