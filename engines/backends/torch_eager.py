@@ -4,6 +4,7 @@ Weights are read from the checkpoint, not from the artefact, so that comparing t
 that the weights arrived.
 """
 
+import re
 from collections.abc import Callable
 
 import numpy as np
@@ -18,6 +19,9 @@ from tokexport.exporter.bundle import Bundle
 from tokexport.exporter.export import Design, weight_names
 from tokexport.exporter.graph_io import GRAPHS, GraphName
 from tokexport.exporter.weights import Weights
+
+# What a method makes of image features, and its parts.
+_STAGES = re.compile(r"stages\.[^.]+(\.[^.]+)?")
 
 
 class TorchEager(Backend):
@@ -50,7 +54,7 @@ class TorchSession(Session):
 
     @torch.inference_mode()
     def vision_layer_outputs(self, pixel_values: NDArray[np.float32]) -> dict[str, NDArray[np.float32]]:
-        """Return the output of every layer of the vision tower and of the projector, by module name."""
+        """Return the output of every layer of the vision tower, of the projector and of each method, by module name."""
         encoder, outputs = self._modules["vision_encoder"], {}
 
         def note(name: str) -> Callable[[nn.Module, object, Tensor], None]:
@@ -59,7 +63,7 @@ class TorchSession(Session):
         hooks = [
             module.register_forward_hook(note(name))
             for name, module in encoder.named_modules()
-            if self._tapped.fullmatch(name)
+            if self._tapped.fullmatch(name) or _STAGES.fullmatch(name)
         ]
         encoder(self._tensor(pixel_values))
         for hook in hooks:

@@ -26,6 +26,7 @@ from tokexport.recipes.schema import Recipe
 Export = Callable[[Recipe], Bundle]
 Copy = Callable[[Bundle], Bundle]
 
+METACOMPRESS: dict[str, object] = {"method": "metacompress", "keep": 6, "width": 8, "weights": "untrained"}
 SAMPLE = {"method": "sample", "keep": 12}
 """Leaves 12 of 16 tokens before the language model."""
 
@@ -101,6 +102,8 @@ def test_the_ladder_passes_for_an_uncompressed_artefact(tiny_full: Bundle):
         [{"method": "adsc", "drops": [{"layer": 0, "keep": 6}]}],
         [RESIZE],
         [RESIZE, {"method": "adsc", "drops": [{"layer": 1, "keep": 6}, {"layer": 3, "keep": 4}], "pattern": "grid"}],
+        [{"method": "pool", "keep": 4}],
+        [METACOMPRESS, {"method": "adsc", "drops": [{"layer": 1, "keep": 5}]}],
     ],
     ids=[
         "renumbered positions",
@@ -109,12 +112,20 @@ def test_the_ladder_passes_for_an_uncompressed_artefact(tiny_full: Bundle):
         "bottleneck before the first layer",
         "smaller image",
         "smaller image before adsc",
+        "average pooling",
+        "a learned mixture before adsc",
     ],
 )
 def test_the_ladder_passes_for_every_way_to_compress(
     checkpoint: Path, exported: Export, compress: list[dict[str, object]]
 ):
     assert climbed(exported(recipe_for(checkpoint, *compress))).first_failure is None
+
+
+def test_the_matrix_of_a_learned_mixture_is_compared(checkpoint: Path, exported: Export):
+    checks = {check.name: check for check in climbed(exported(recipe_for(checkpoint, METACOMPRESS))).checks}
+    assert checks["stages.metacompress"].passed
+    assert checks["stages.metacompress.matrix"].max_abs_diff < 1e-5
 
 
 def test_the_ladder_passes_without_grouped_heads(tmp_path: Path, exported: Export):
