@@ -14,6 +14,7 @@ import numpy as np
 
 from tokexport.engines.backend import AS_BUILT, SessionOptions, Source, load_backend
 from tokexport.engines.environment import describe_environment
+from tokexport.engines.method_cost import measure_methods, method_contents
 from tokexport.engines.report import write_reports
 from tokexport.engines.source import source_design
 from tokexport.engines.worker import EngineProcess, Footprint, Timing, Workload
@@ -72,6 +73,7 @@ class Bench:
     bars: tuple[Bar, ...]
     workload: Mapping[str, Any]
     environment: Mapping[str, Any]
+    methods: Sequence[Mapping[str, Any]] = ()
 
     def report(self) -> dict[str, Any]:
         """Return what ``tokexport bench --json`` prints; its keys are a contract."""
@@ -81,6 +83,7 @@ class Bench:
             "gates": [{**asdict(bar), "passed": bar.passed} for bar in self.bars],
             "workload": dict(self.workload),
             "environment": dict(self.environment),
+            "methods": list(self.methods),
         }
 
 
@@ -123,13 +126,16 @@ def bench(
     options = replace(options, max_text_tokens=text_tokens + new_tokens, max_images=1)
     with _arms(bundle, engine, made, controls, progress) as arms:
         rows = measure_arms(arms, options, workload, repeats, progress, tick)
+    progress("measuring the method alone")
+    methods = _method_costs(bundle, rows, options.threads, repeats)
     speedup = _speedup(rows)
     return Bench(
         rows=rows,
         speedup=speedup,
-        bars=_bars(rows, speedup, engine),
+        bars=(*_bars(rows, speedup, engine), *_method_bars(methods)),
         workload={**asdict(workload), "repeats": repeats, "batch": 1},
         environment=asdict(describe_environment(options.threads)),
+        methods=methods,
     )
 
 
@@ -275,6 +281,36 @@ def _row(arm: Arm, timings: Sequence[Timing], footprint: Footprint, workload: Wo
         "peak_rss_bytes": footprint.peak_rss_bytes,
         "predicted_prefill": prefill_flops(spec, full, text) / prefill_flops(spec, plan, text),
     }
+
+
+def _method_costs(
+    bundle: Bundle, rows: Sequence[Mapping[str, Any]], threads: int | None, repeats: int
+) -> tuple[dict[str, Any], ...]:
+    """Return what each method that works on image features costs, beside the prefill that it shortens."""
+    contents, prefill_ms = method_contents(bundle), _of(rows, FULL)["prefill_ms"]
+    measured = measure_methods(bundle, threads=threads, repeats=repeats) if contents else {}
+    return tuple(
+        {
+            "method": name,
+            **contents[name],
+            "ms": _spread(runs),
+            "of_full_prefill": _median(runs) / prefill_ms,
+        }
+        for name, runs in measured.items()
+    )
+
+
+def _method_bars(methods: Sequence[Mapping[str, Any]]) -> list[Bar]:
+    return [
+        Bar(
+            name=f"{entry['method']}_of_full_prefill",
+            meaning=f"time of {entry['method']} over the prefill of all tokens",
+            value=entry["of_full_prefill"],
+            bar=0.02,
+            is_upper=True,
+        )
+        for entry in methods
+    ]
 
 
 def _speedup(rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:

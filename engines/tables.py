@@ -12,8 +12,9 @@ from rich.table import Column, Table
 from rich.text import Text
 
 from tokexport.engines.accuracy_text import figure_rows, remarks
+from tokexport.engines.method_cost import method_contents
 from tokexport.exporter.bundle import Bundle
-from tokexport.exporter.graph_io import GRAPHS, GraphName, TensorIO
+from tokexport.exporter.graph_io import GRAPHS, GraphName, TensorIO, node_scope, stage_name
 from tokexport.exporter.plan import TokenPlan, full_vision_tokens, keep_text
 from tokexport.recipes.tables import table_of
 
@@ -144,6 +145,7 @@ def describe_bundle(bundle: Bundle) -> dict[str, Any]:
             "per_layer": list(bundle.plan.per_layer),
         },
         "graphs": {graph: _describe_graph(bundle, graph) for graph in GRAPHS},
+        "methods": _describe_methods(bundle),
         "files": table_of(manifest.files),
     }
 
@@ -173,7 +175,28 @@ def bundle_tables(bundle: Bundle, description: Mapping[str, Any]) -> list[Table]
         entry = description["graphs"][graph]
         operators = ", ".join(f"{count} {name}" for name, count in entry["operators"].items())
         sizes.add_row(graph, str(entry["nodes"]), f"{entry['weight_bytes'] / 1e6:,.1f} MB", operators)
-    return [what, graphs, sizes]
+    tables = [what, graphs, sizes]
+    if description["methods"]:
+        methods = new_table("method", "nodes", "parameters", "FLOPs per image", "measured", title="on image features")
+        for entry in description["methods"]:
+            measured = f"{entry['ms']['median']:.3g} ms" if entry["ms"] else "tokexport bench measures it"
+            methods.add_row(
+                f"{entry['method']} ({entry['scope']})",
+                str(entry["nodes"]),
+                f"{entry['parameters']:,}",
+                f"{entry['flops'] / 1e6:,.1f} M",
+                measured,
+            )
+        tables.append(methods)
+    return tables
+
+
+def _describe_methods(bundle: Bundle) -> list[dict[str, Any]]:
+    measured = {entry["method"]: entry["ms"] for entry in (bundle.read_report("bench.json") or {}).get("methods", [])}
+    return [
+        {"method": name, "scope": node_scope(stage_name(name)), **contents, "ms": measured.get(name)}
+        for name, contents in method_contents(bundle).items()
+    ]
 
 
 def _describe_graph(bundle: Bundle, graph: GraphName) -> dict[str, Any]:

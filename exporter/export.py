@@ -35,7 +35,16 @@ from tokexport.exporter.checkpoint import (
     processor_files,
 )
 from tokexport.exporter.family import Family
-from tokexport.exporter.graph_io import GRAPHS, GraphIO, GraphName, decoder_io, embed_tokens_io, vision_encoder_io
+from tokexport.exporter.graph_io import (
+    GRAPHS,
+    STAGES,
+    GraphIO,
+    GraphName,
+    decoder_io,
+    embed_tokens_io,
+    stage_name,
+    vision_encoder_io,
+)
 from tokexport.exporter.method import Method, arriving_plans, load_methods, tables_of
 from tokexport.exporter.modules.bottleneck import Bottleneck
 from tokexport.exporter.plan import DTYPE_BYTES, TokenPlan, plan_report
@@ -45,9 +54,6 @@ from tokexport.recipes.load import recipe_table, recipe_toml
 from tokexport.recipes.schema import Recipe
 
 Progress = Callable[[str], None]
-
-# Behind it in the vision encoder stands a method's name.
-_STAGES = "stages."
 
 
 @dataclass(frozen=True)
@@ -114,7 +120,7 @@ class Design:
 
     def _learned(self) -> dict[str, Tensor]:
         return {
-            f"{_STAGES}{method.name}.{name}": tensor.detach()
+            f"{stage_name(method.name)}.{name}": tensor.detach()
             for method, arriving in self._steps()
             for name, tensor in method.learned(self.model.spec, arriving).items()
         }
@@ -218,7 +224,7 @@ def weight_names(graph: GraphName, module: nn.Module, family: Family) -> dict[st
     """Return, for every parameter of a graph's module, its canonical name."""
     names: dict[str, str] = {}
     for name, _ in module.named_parameters():
-        for prefix, canonical in {**family.weight_prefixes[graph], _STAGES: _STAGES}.items():
+        for prefix, canonical in {**family.weight_prefixes[graph], STAGES: STAGES}.items():
             if name.startswith(prefix):
                 names[name] = canonical + name.removeprefix(prefix)
     return names
@@ -234,7 +240,7 @@ def _traced(
     model.producer_name, model.producer_version = "tokexport", library_versions().get("tokexport", "")
     bound = bind_weights(model, weights, weight_names(graph, module, made.model.family), dtype)
     # What a method learned is small and not shared with an artefact without it, so it stays in the graph's file.
-    return model, [name for name in bound if not name.startswith(_STAGES)]
+    return model, [name for name in bound if not name.startswith(STAGES)]
 
 
 def _store_weights(model: ir.Model, bound: Sequence[str], folder: Path, file_name: str) -> None:

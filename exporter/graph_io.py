@@ -38,9 +38,18 @@ def cache_names(layer: int, prefix: str = "past_key_values") -> tuple[str, str]:
     return f"{prefix}.{layer}.key", f"{prefix}.{layer}.value"
 
 
+STAGES = "stages."
+"""Behind it in the vision encoder stands the name of a method."""
+
+
 def node_scope(module: str) -> str:
     """Return what the names of the nodes of a module begin with: ``layers.0.mlp`` -> ``/layers.0/mlp/``."""
     return "/" + re.sub(r"\.(?!\d)", "/", module) + "/"
+
+
+def stage_name(method: str) -> str:
+    """Return the name that what a method makes of image features has as a module of the vision encoder."""
+    return f"{STAGES}{method}"
 
 
 def vision_encoder_io(spec: VlmSpec, plan: TokenPlan, dtype: str) -> GraphIO:
