@@ -19,7 +19,7 @@ MAX_FUNCTION_LINES = 80
 
 # Every *.py at the root is shipped as a module of the package.
 ROOT_MODULES = {"__init__.py", "__main__.py", "cli.py", "errors.py"}
-NOT_SHIPPED = {"docs", "examples", "tests"}
+NOT_SHIPPED = {"benchmarks", "docs", "examples", "tests"}
 
 _MADE_FOLDERS = {"__pycache__", "build", "dist", "htmlcov", "out"}
 _MACHINE_PATH = re.compile(r"(?<![\w.\-])/(?:home|root|tmp|Users)/\w")

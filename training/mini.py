@@ -1,7 +1,7 @@
 """Training of the bundled mini model, in the order in which LLaVA itself was trained.
 
 The vision tower first learns to see (what does each patch show?), the projector to name what is seen, then the
-language model to talk about the patches that matter, then about whole images, and at last all of them together.
+language model to talk about the patches that matter, and at last about whole images.
 
 B images, N vision tokens, C width of the tower
 """
@@ -108,17 +108,18 @@ STAGES = (
         image_tokens=80,
     ),
     Stage(
-        name="whole",
+        name="count",
         trained=_READING,
-        schedule=Schedule(num_steps=1400, batch_size=8, learning_rate=1e-3, optimizer="muon"),
+        schedule=Schedule(num_steps=2200, batch_size=8, learning_rate=2e-3, optimizer="muon"),
         # What takes longest to learn comes up more often.
-        kinds=(*KINDS, "counting", "comparison", "comparison"),
+        kinds=(*KINDS, *("counting",) * 2, *("comparison",) * 4),
+        image_tokens=80,
     ),
     Stage(
-        name="join",
-        trained=(TOWER, PROJECTOR, *_READING),
-        schedule=Schedule(num_steps=1500, batch_size=8, learning_rate=8e-4, optimizer="muon"),
-        kinds=(*KINDS, *("counting",) * 2, *("comparison",) * 3),
+        name="whole",
+        trained=_READING,
+        schedule=Schedule(num_steps=1100, batch_size=8, learning_rate=1e-3, optimizer="muon"),
+        kinds=(*KINDS, *("counting",) * 2, *("comparison",) * 2),
     ),
 )
 

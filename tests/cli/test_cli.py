@@ -122,7 +122,10 @@ def test_doctor_says_which_engines_run_here(run: Run):
         (["--set", "phase"], "--set phase must look like key=value, e.g. export.dtype=float16"),
         (["--set", "model.family=llava51"], "there is no family 'llava51'; did you mean 'llava15'?"),
         (["--set", "plan.text_tokens=-1"], "[plan] text_tokens = -1 must be at least 0"),
-        (["--num-layers", "99"], "num_layers = 99 is more than the 8 decoder layers of mini; choose a smaller number"),
+        (
+            ["--num-layers", "99", "--weights", "random"],
+            "num_layers = 99 is more than the 8 decoder layers of mini; choose a smaller number",
+        ),
         (["--model", "nowhere"], "there is no model directory nowhere; give a directory, a hub id like"),
         (["--solve", "kv"], "the budget kv must be a part between 0 and 1, e.g. kv=0.433"),
         (["--solve", "flop=0.5"], "a budget of 'flop' is not known; did you mean 'flops'?"),

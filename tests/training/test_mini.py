@@ -94,9 +94,10 @@ def test_a_stage_teaches_its_parts_and_no_others(trained: Path, fresh: LlavaForC
     assert learned(trained / stage.name) == expected != set()
 
 
-def test_every_part_is_taught_in_some_stage(fresh: LlavaForConditionalGeneration):
+def test_every_part_but_the_words_is_taught_in_some_stage(fresh: LlavaForConditionalGeneration):
     parts = tuple(part for stage in STAGES for part in stage.trained)
-    assert all(name.startswith(parts) for name, _ in fresh.named_parameters())
+    untaught = [name for name, _ in fresh.named_parameters() if not name.startswith(parts)]
+    assert untaught == ["model.language_model.embed_tokens.weight"]
 
 
 def test_the_vision_tower_learns_with_tasks_that_the_checkpoint_leaves_out(trained: Path):
