@@ -40,6 +40,64 @@ def test_a_model_is_tuned_on_made_scenes_where_there_are_no_data(run: Run, tmp_p
     assert (tmp_path / "adapter" / "adapter_model.safetensors").is_file()
 
 
+@pytest.fixture
+def mixing(recipe: Path, tmp_path: Path) -> Path:
+    """Return a recipe whose compressor has yet to be trained."""
+    path = tmp_path / "mixing.toml"
+    step = 'method = "metacompress"\nkeep = 4\nwidth = 8\nweights = "made later"'
+    path.write_text(f'extends = "{recipe}"\n[[compress]]\n{step}\n')
+    return path
+
+
+def test_a_compressor_is_trained_and_built_in(run: Run, mixing: Path, checkpoint: Path, tmp_path: Path):
+    data, images = write_llava_data(tmp_path)
+    options = ("--data", data, "--images", images, "--steps", 2, "--batch-size", 2, "--gradient-checkpointing")
+    outcome = run(
+        "train", "metacompress", "-r", mixing, "--model", checkpoint, *options, "-o", tmp_path / "out", "--json"
+    )
+    assert outcome.code == 0
+    path = tmp_path / "out" / "compressor.safetensors"
+    assert outcome.document == {"compressor": str(path)}
+    assert "metacompress mixing, step 2, " in outcome.err
+    made = ("-r", mixing, "--model", checkpoint, "--compressor", path)
+    assert run("build", *made, "-o", tmp_path / "artefact", "--no-bench", "--threads", 1).code == 0
+    shown = run("inspect", tmp_path / "artefact", "--json").document["methods"]
+    assert [(entry["method"], entry["scope"], entry["parameters"]) for entry in shown] == [
+        ("metacompress", "/stages/metacompress/", 2 * 64 * 8 + 8)
+    ]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["train", "metacompress", "--compressor", "x"], "--compressor x has no effect on this training; leave it out"),
+        (["train", "metacompress", "--clip", "0"], "max_grad_norm = 0.0 must be a number above 0"),
+        (
+            ["train", "metacompress", "--set", "compress=[]"],
+            "recipe mixing has the methods []; this training is for metacompress, alone or before adsc, e.g. ",
+        ),
+        (
+            ["export"],
+            "there are no compressor weights made later; train them with 'tokexport train' and give the file ",
+        ),
+        (["export", "-r", "mini_adsc", "--compressor", "x"], "--compressor x is for one method with weights, and "),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_what_cannot_be_mixed_is_refused_in_one_line(
+    run: Run, mixing: Path, checkpoint: Path, tmp_path: Path, arguments: list[str], expected: str
+):
+    command = arguments[: 2 if arguments[0] == "train" else 1]
+    data, images = write_llava_data(tmp_path)
+    more = ["--data", str(data), "--images", str(images), "--steps", "1"] if command[0] == "train" else []
+    outcome = run(
+        *command, "-r", mixing, "--model", checkpoint, "-o", tmp_path / "out", *more, *arguments[len(command) :]
+    )
+    assert outcome.code == 1
+    assert outcome.error.startswith(expected)
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.slow
 def test_the_mini_model_is_trained_from_nothing(run: Run, tmp_path: Path):
     # Compiling takes longer than these few steps.
