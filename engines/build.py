@@ -6,6 +6,7 @@ from pathlib import Path
 
 from tokexport.engines.backend import AS_BUILT, DEFAULT_BACKEND, SessionOptions, Source, load_backend
 from tokexport.engines.bench import Bench, bench
+from tokexport.engines.mixing import mixing_of
 from tokexport.engines.parity import Verification, failure_text, require_provable, verify
 from tokexport.engines.prompt import require_askable
 from tokexport.engines.report import write_reports
@@ -85,6 +86,9 @@ def build(
             )
             measured = replace(measured, bars=())  # a short run tells a speed-up, not whether it reaches a bar
             bundle.write_report("bench.json", measured.report())
+        mixing = mixing_of(bundle, threads=threads)
+        if mixing is not None:
+            bundle.write_report("mixing.json", mixing)
         progress("writing the report")
         write_reports(bundle)
         return Built(writer.commit(), verification, measured)

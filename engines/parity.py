@@ -30,10 +30,11 @@ from tokexport.engines.backends.transformers import TransformersSession
 from tokexport.engines.compare import Check, compare_choices, compare_indices, compare_tensors, load_tolerances
 from tokexport.engines.generate import IMAGE, Conversation
 from tokexport.engines.source import source_design
-from tokexport.errors import BackendUnavailableError, ParityError
+from tokexport.engines.taps import vision_taps
+from tokexport.errors import BackendUnavailableError
 from tokexport.exporter.bundle import Bundle, library_versions
 from tokexport.exporter.export import Design
-from tokexport.exporter.graph_io import GraphName, node_scope
+from tokexport.exporter.graph_io import GraphName
 from tokexport.exporter.plan import TokenPlan
 
 NEW_TOKENS = 32
@@ -290,7 +291,7 @@ class _Ladder:
 
     def vision_checks(self, step: str, expected: dict[str, NDArray[np.float32]], threads: int | None) -> list[Check]:
         """Compare the tower layer by layer, to tell where features part."""
-        found = _graph_taps(self._bundle, self._probe, list(expected), threads)
+        found = vision_taps(self._bundle, self._probe.pixel_values, list(expected), threads=threads)
         return [
             compare_tensors(
                 name,
@@ -342,29 +343,6 @@ def _index_checks(step: str, bundle: Bundle, made: Design) -> list[Check]:
             what = f"kept tokens, {name.removesuffix('.index_M')}"
             checks.append(compare_indices(what, found, index.numpy(), step=step, graph=graph))
     return checks
-
-
-def _graph_taps(
-    bundle: Bundle, probe: Probe, modules: Sequence[str], threads: int | None
-) -> dict[str, NDArray[np.float32]]:
-    """Return what the last node of each module computes in the vision graph."""
-    from tokexport.engines.backends.ort_portable import inference_session  # needs ONNX Runtime
-
-    model = ir.load(bundle.graph_path("vision_encoder"))
-    last: dict[str, ir.Value] = {}
-    for node in model.graph:
-        for module in modules:
-            if node.name is not None and node.name.startswith(node_scope(module)):
-                last[module] = node.outputs[0]
-    missing = [module for module in modules if module not in last]
-    if missing:
-        raise ParityError(f"the vision graph has no nodes of {', '.join(missing)}; export it again")
-    model.graph.outputs.extend(value for value in last.values() if value not in model.graph.outputs)
-    session = inference_session(ir.to_proto(model).SerializeToString(), bundle.path / "onnx", threads=threads)
-    dtype = np.float16 if bundle.recipe.export.dtype == "float16" else np.float32
-    names = [value.name for value in last.values()]
-    outputs = session.run(names, {"pixel_values": probe.pixel_values.astype(dtype)})
-    return {module: np.asarray(output, np.float32) for module, output in zip(last, outputs, strict=True)}
 
 
 def _write_repro(

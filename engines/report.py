@@ -4,6 +4,7 @@
 not checked is said to be so, and a method that loses to its control is named at the top.
 """
 
+import math
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -15,7 +16,8 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from tokexport.engines import accuracy_text
-from tokexport.engines.report_plots import GainBar, LayerRun, TimeBar, draw_gains, draw_times, draw_tokens
+from tokexport.engines.mixing import made_image
+from tokexport.engines.report_plots import GainBar, LayerRun, TimeBar, draw_gains, draw_mixing, draw_times, draw_tokens
 from tokexport.errors import BundleError
 from tokexport.exporter.bundle import Bundle
 from tokexport.exporter.plan import full_vision_tokens
@@ -32,6 +34,7 @@ class ReportDocuments:
     verify: Mapping[str, Any] | None
     bench: Mapping[str, Any] | None
     accuracy: Mapping[str, Any] | None = None
+    mixing: Mapping[str, Any] | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,7 +102,8 @@ def render_html(documents: ReportDocuments) -> str:
     """Return the report as one HTML page without scripts or anything fetched from elsewhere."""
     contents = _contents(documents)
     plots = _plots(documents.plan, contents["runs"], contents["arms"])
-    return _environment(autoescape=True).get_template("report.html.j2").render(contents, plots=plots)
+    mixing = _mixing_plot(documents.mixing) if documents.mixing else None
+    return _environment(autoescape=True).get_template("report.html.j2").render(contents, plots=plots, mixing=mixing)
 
 
 def write_reports(bundle: Bundle) -> tuple[Path, Path]:
@@ -117,6 +121,7 @@ def write_reports(bundle: Bundle) -> tuple[Path, Path]:
         verify=bundle.read_report("verify.json"),
         bench=bundle.read_report("bench.json"),
         accuracy=bundle.read_report("eval.json"),
+        mixing=bundle.read_report("mixing.json"),
     )
     markdown = bundle.write_report("report.md", render_markdown(documents))
     return markdown, bundle.write_report("report.html", render_html(documents))
@@ -396,6 +401,22 @@ def _gain_plot(arms: Sequence[Arm]) -> Plot:
         title=title,
         caption="The prediction counts FLOPs only; the dashed line is no gain.",
         svg=draw_gains(title, f"{title}. {alt}.", bars),
+    )
+
+
+def _mixing_plot(mixing: Mapping[str, Any]) -> Plot:
+    title = f"What {mixing['method']} mixes, on one image"
+    rows, columns = mixing["grid"]
+    shown = {f"token {row['row']} of {mixing['kept']}": row["weights"] for row in mixing["rows"]}
+    pictures = {"all together": mixing["total"], **shown}
+    alt = f"Which of {rows} x {columns} tokens go into {', '.join(pictures)}."
+    return Plot(
+        title=title,
+        caption=(
+            f"Darker is drawn from more. A token that stays is spread over {math.exp(mixing['entropy']):.3g} of the "
+            f"{rows * columns} that arrive (the exponential of its rows' mean entropy)."
+        ),
+        svg=draw_mixing(title, f"{title}. {alt}", made_image(), (rows, columns), pictures),
     )
 
 

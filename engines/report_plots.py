@@ -2,14 +2,17 @@
 
 import io
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 from markupsafe import Markup
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+    from PIL.Image import Image
 
 _MAX_LABEL = 28
 _MAX_LABELLED_RUNS = 12
@@ -111,6 +114,30 @@ def draw_gains(title: str, alt: str, bars: Sequence[GainBar]) -> Markup:
     return _draw(title, alt, _size_for(len(bars)), paint)
 
 
+def draw_mixing(
+    title: str, alt: str, image: "Image", grid: tuple[int, int], pictures: Mapping[str, Sequence[float]]
+) -> Markup:
+    """Draw, over an image, how much each picture's tokens take from each place of a grid."""
+
+    def paint(figure: "Figure") -> None:
+        every = figure.subplots(1, len(pictures) + 1)
+        extent = (0, grid[1], grid[0], 0)
+        every[0].imshow(image, extent=extent)
+        every[0].set_title("image", fontsize=10.5)
+        for axes, (name, weights) in zip(every[1:], pictures.items(), strict=True):
+            values = np.reshape(weights, grid)
+            opacity = np.sqrt(values / values.max())
+            axes.imshow(image.convert("L"), extent=extent, cmap="gray", alpha=0.35)
+            axes.imshow(values, extent=extent, cmap="Blues", alpha=opacity, vmin=-values.max())
+            axes.set_title(name, fontsize=10.5)
+        for axes in every:
+            axes.set_xticks([])
+            axes.set_yticks([])
+            axes.spines[:].set_visible(False)
+
+    return _draw_figure(title, alt, (12.6, 2.4), paint)
+
+
 def _size_for(num_bars: int) -> tuple[float, float]:
     return 6.2, 1.2 + 0.38 * num_bars
 
@@ -127,6 +154,18 @@ def _label_rows(axes: "Axes", labels: Sequence[str], unit: str) -> None:
 
 def _draw(title: str, alt: str, size: tuple[float, float], paint: Callable[["Axes"], None]) -> Markup:
     """Paint into one pair of axes, ``size`` inches wide and high."""
+
+    def paint_all(figure: "Figure") -> None:
+        axes = figure.subplots()
+        axes.spines[:].set_visible(False)
+        axes.tick_params(length=0)
+        paint(axes)
+        axes.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=3, frameon=False, handlelength=1.0)
+
+    return _draw_figure(title, alt, size, paint_all)
+
+
+def _draw_figure(title: str, alt: str, size: tuple[float, float], paint: Callable[["Figure"], None]) -> Markup:
     # Imported here: it takes half a second that the rest of the program need not wait for.
     import matplotlib as mpl
     from matplotlib.figure import Figure
@@ -143,14 +182,9 @@ def _draw(title: str, alt: str, size: tuple[float, float], paint: Callable[["Axe
         "grid.color": _COLOURS["rule"],
         "font.size": 10.5,
     }
-    legend = {"loc": "lower left", "bbox_to_anchor": (0, 1), "ncols": 3, "frameon": False, "handlelength": 1.0}
     with mpl.rc_context(settings):
         figure = Figure(figsize=size, layout="constrained")
-        axes = figure.subplots()
-        axes.spines[:].set_visible(False)
-        axes.tick_params(length=0)
-        paint(axes)
-        axes.legend(**legend)
+        paint(figure)
         buffer = io.StringIO()
         no_metadata = dict.fromkeys(("Date", "Creator", "Format", "Type"))
         figure.savefig(buffer, format="svg", transparent=True, metadata=no_metadata)

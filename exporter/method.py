@@ -8,7 +8,7 @@ import sys
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING, ClassVar, Self
 
 from tokexport.errors import RecipeError
 from tokexport.exporter import methods
@@ -25,7 +25,14 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class Method(ABC):
-    """One way to leave vision tokens out; fields are recipe options."""
+    """One way to leave vision tokens out; fields are recipe options.
+
+    Attributes:
+        is_mixing: whether the stage on image features has a part ``matrix`` that says, for each image, which share of
+            every token that arrives goes into each one that stays (B, M, N).
+    """
+
+    is_mixing: ClassVar[bool] = False
 
     @abstractmethod
     def plan(self, spec: VlmSpec, arriving: TokenPlan) -> TokenPlan:

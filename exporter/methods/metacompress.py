@@ -6,7 +6,7 @@ subgraph of the vision encoder.
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING, ClassVar, Self
 
 from tokexport.errors import RecipeError
 from tokexport.exporter.bundled import settled
@@ -29,6 +29,8 @@ class MetaCompress(Windowed):
         width: of the scores, far below the model's.
         weights: a safetensors file, or the name of weights that ship; ``untrained`` is enough to measure speed.
     """
+
+    is_mixing: ClassVar[bool] = True
 
     weights: str
     width: int = 64
