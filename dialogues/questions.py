@@ -384,8 +384,13 @@ KINDS = tuple(_TEMPLATES)
 
 
 def ask(rng: np.random.Generator, scene: Scene, kind: str) -> Turn | None:
-    """Ask a question of one of ``KINDS``; None where the scene offers none of that kind."""
-    templates = _TEMPLATES[kind]
+    """Ask a question of one of ``KINDS``; None where the scene offers none of that kind.
+
+    ``comparison.same_colour`` asks of that kind with one template only, the function's name without underscore.
+    """
+    kind, _, part = kind.partition(".")
+    templates = [template for template in _TEMPLATES[kind] if not part or template.__name__ == f"_{part}"]
+    assert templates, f"kind {kind} has no template {part}"
     for place in rng.permutation(len(templates)):
         asked = templates[place](rng, scene)
         if asked is not None:
