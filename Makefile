@@ -17,7 +17,7 @@ LINK := .venv/source/tokexport
 
 demo: .venv/installed-cpu
 	$(BIN)/tokexport build -o $(BUNDLE) --overwrite
-	$(BIN)/tokexport run $(BUNDLE) --image examples/scene.png --prompt "What is in the picture?"
+	$(BIN)/tokexport run $(BUNDLE) --image examples/shapes.png --prompt "Where is the letter H?"
 
 test: .venv/installed-dev
 	$(BIN)/ruff check .

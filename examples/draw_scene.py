@@ -1,8 +1,10 @@
-"""Draws ``scene.png``, the picture of the demo: ``python examples/draw_scene.py``."""
+"""Draws the pictures of the demo, ``scene.png`` and ``shapes.png``: of these the mini model can read the second."""
 
 from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont
+
+from tokexport.dialogues.generate import make_dialogue
 
 SIZE = (640, 480)
 SUPERSAMPLING = 2
@@ -31,3 +33,6 @@ def _scaled(*coordinates: int) -> tuple[int, ...]:
 
 if __name__ == "__main__":
     draw_scene().save(Path(__file__).with_name("scene.png"), optimize=True)
+    shapes = make_dialogue(0, "test", 3).image
+    assert isinstance(shapes, Image.Image)
+    shapes.save(Path(__file__).with_name("shapes.png"), optimize=True)
