@@ -14,7 +14,7 @@ import torch
 
 from tests.conftest import adsc, recipe_for, save_checkpoint, tiny_config
 from tests.engines.conftest import with_checksums_of_today
-from tokexport.engines.backend import SessionOptions, Source
+from tokexport.engines.backend import AS_BUILT, SessionOptions, Source
 from tokexport.engines.generate import IMAGE
 from tokexport.engines.parity import NEW_TOKENS, Verification, failure_text, make_probe, verify
 from tokexport.engines.source import source_design
@@ -166,20 +166,20 @@ def test_the_report_has_the_keys_of_the_contract(ladder: Verification):
 
 
 def test_the_probe_holds_three_turns_and_an_image_in_the_first_two(tiny_adsc: Bundle):
-    probe = make_probe(source_design(tiny_adsc, None))
+    probe = make_probe(source_design(tiny_adsc, AS_BUILT))
     assert [prompt.count(IMAGE) for prompt in probe.prompts] == [1, 1, 0]
     assert len(probe.pixel_values) == 2
     assert NEW_TOKENS >= 32
 
 
 def test_the_probe_is_the_same_every_time(tiny_adsc: Bundle):
-    first, second = (make_probe(source_design(tiny_adsc, None)) for _ in range(2))
+    first, second = (make_probe(source_design(tiny_adsc, AS_BUILT)) for _ in range(2))
     assert first.prompts == second.prompts
     assert (first.pixel_values == second.pixel_values).all()
 
 
 def test_the_probe_never_says_the_image_token(tiny_adsc: Bundle):
-    probe = make_probe(source_design(tiny_adsc, None))
+    probe = make_probe(source_design(tiny_adsc, AS_BUILT))
     assert not any(4 in prompt for prompt in probe.prompts)
 
 
@@ -284,7 +284,7 @@ def test_another_checkpoint_of_the_same_sizes_is_refused(tiny_adsc: Bundle, tmp_
 def test_the_checkpoint_may_have_moved(tiny_adsc: Bundle, checkpoint: Path, tmp_path: Path):
     moved = tmp_path / "moved"
     moved.symlink_to(checkpoint)
-    assert source_design(tiny_adsc, str(moved)).model.directory == moved
+    assert source_design(tiny_adsc, Source(model=str(moved))).model.directory == moved
 
 
 @pytest.fixture(scope="module")
@@ -302,7 +302,7 @@ def test_a_failure_leaves_inputs_and_both_outputs(repro: tuple[Path, Verificatio
 
 
 def test_the_inputs_left_are_those_of_the_probe(repro: tuple[Path, Verification], tiny_adsc: Bundle):
-    probe = make_probe(source_design(tiny_adsc, None))
+    probe = make_probe(source_design(tiny_adsc, AS_BUILT))
     with np.load(repro[0] / "inputs.npz") as inputs:
         assert (inputs["pixel_values"] == probe.pixel_values).all()
         assert tuple(inputs["prompt_2"]) == probe.prompts[1]
@@ -342,6 +342,6 @@ def test_the_checks_left_say_which_failed(repro: tuple[Path, Verification]):
 def test_the_reference_is_transformers_with_fused_attention(tiny_adsc: Bundle):
     from tokexport.engines.backends.transformers import load_reference
 
-    model = load_reference(source_design(tiny_adsc, None))
+    model = load_reference(source_design(tiny_adsc, AS_BUILT))
     assert model.config.get_text_config()._attn_implementation == "sdpa"
     assert all(parameter.dtype == torch.float32 for parameter in model.parameters())
