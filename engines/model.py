@@ -8,7 +8,15 @@ from pathlib import Path
 
 from PIL import Image
 
-from tokexport.engines.backend import AS_BUILT, DEFAULT_BACKEND, Session, SessionOptions, Source, open_session
+from tokexport.engines.backend import (
+    AS_BUILT,
+    DEFAULT_BACKEND,
+    Session,
+    SessionOptions,
+    Source,
+    load_backend,
+    open_session,
+)
 from tokexport.engines.generate import Conversation, EndedBy, Sampler, Sampling
 from tokexport.engines.images import as_rgb, load_image
 from tokexport.engines.prompt import Dialogue, PromptProcessor
@@ -49,6 +57,7 @@ class Vlm:
     """
 
     def __init__(self, bundle: Bundle, backend: str, options: SessionOptions) -> None:
+        _require_use(options.source, backend)
         self.bundle = bundle
         self.processor = PromptProcessor(bundle.path)
         self.session: Session = open_session(bundle, backend, options)
@@ -163,6 +172,16 @@ def load(
         source=source,
     )
     return Vlm(bundle, backend, options)
+
+
+def _require_use(source: Source, backend: str) -> None:
+    """Refuse a source for an engine that runs the artefact's own graphs."""
+    given = [f"--{name} {place}" for name, place in vars(source).items() if place is not None]
+    if given and load_backend(backend).runs_graphs:
+        raise InputError(
+            f"{' and '.join(given)} has no effect on backend {backend!r}, which runs the graphs of the artefact alone; "
+            "leave it out, or choose a backend that runs from the checkpoint, like torch-eager"
+        )
 
 
 def _opened(image: ImageLike) -> Image.Image:

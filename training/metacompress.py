@@ -198,7 +198,7 @@ def _compressor_of(made: Design) -> tuple[MetaCompress, TokenPlan]:
     if not isinstance(first, MetaCompress) or not all(isinstance(method, Adsc) for method in made.methods[1:]):
         raise RecipeError(
             f"recipe {made.recipe.name} has the methods {names}; this training is for metacompress, alone or before "
-            "adsc, e.g. recipe mini_metacompress"
+            "adsc"
         )
     return first, made.plans[0]
 

@@ -105,7 +105,7 @@ STAGES = (
         name="talk",
         trained=_READING,
         schedule=Schedule(num_steps=5000, batch_size=8, learning_rate=2e-3, optimizer="muon"),
-        # What takes longest to learn comes up more often: at a fortieth of the questions, whether colours are the same
+        # What takes longest to learn comes up more often: at a thirtieth of the questions, whether colours are the same
         # is a guess after any number of steps.
         kinds=(*KINDS, "counting", *("comparison.same_colour",) * 2),
         image_tokens=80,

@@ -58,7 +58,7 @@ class MetaCompress(Windowed):
         return load_compressor(self.weights, module, self.trained_sizes(arriving))
 
     def settled(self) -> Self:
-        return replace(self, weights=settled(self.weights))
+        return self if self.weights == UNTRAINED else replace(self, weights=settled(self.weights))
 
     def trained_sizes(self, arriving: TokenPlan) -> dict[str, str]:
         """Return, in words, the sizes that weights are made for and that their shapes do not show."""

@@ -49,3 +49,17 @@ def test_the_full_artefact_of_an_evaluation_needs_no_adapter(
     full = shutil.copytree(tiny_full.path, tmp_path / "full")
     outcome = run("eval", artefact, *COMMANDS["eval"], "--threads", 1, "--adapter", adapter, "--full", full)
     assert outcome.code == 0, outcome.err
+
+
+@pytest.mark.parametrize("command", ["eval", "run", "chat"])
+@pytest.mark.parametrize("option", ["--model", "--adapter", "--compressor"])
+def test_a_source_that_the_engine_does_not_read_is_refused(
+    run: Run, moved: tuple[Path, Path], command: str, option: str
+):
+    options = COMMANDS[command][len(EAGER) :]
+    outcome = run(command, moved[0], *options, "--threads", 1, option, "x", stdin="Hello.\n")
+    assert outcome.code == 1
+    assert outcome.error == (
+        f"{option} x has no effect on backend 'ort', which runs the graphs of the artefact alone; leave it out, or "
+        "choose a backend that runs from the checkpoint, like torch-eager"
+    )

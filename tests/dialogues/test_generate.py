@@ -82,3 +82,14 @@ def test_the_corpus_holds_questions_with_their_answers():
 def test_the_corpus_is_of_the_training_split():
     turns = make_example(0, "train", 0, 16)[2]
     assert list(corpus(1)) == [f"{turn.question} {turn.answers[0]}" for turn in turns]
+
+
+def test_a_kind_can_be_narrowed_to_one_template():
+    turns = make_dialogue(0, "train", 1, num_turns=8, kinds=["comparison.same_colour"]).turns
+    assert {turn.kind for turn in turns} == {"comparison"}
+    assert all("same colour" in turn.question for turn in turns)
+    assert {
+        turn.answers[0]
+        for index in range(4)
+        for turn in make_dialogue(0, "train", index, num_turns=8, kinds=["comparison.same_colour"]).turns
+    } == {"yes", "no"}

@@ -23,6 +23,7 @@ from tokexport.training.mini import (
     PROJECTOR,
     STAGES,
     TOWER,
+    PatchNamer,
     PixelNormalizer,
     Stage,
     require_grad,
@@ -30,6 +31,7 @@ from tokexport.training.mini import (
     train_mini,
     write_checkpoint,
 )
+from tokexport.training.mini_data import CrowdedScenes
 
 SHORT = tuple(
     replace(stage, schedule=replace(stage.schedule, num_steps=2 if stage.name == "see" else 1, batch_size=1))
@@ -161,3 +163,18 @@ def test_a_share_of_the_steps_is_at_least_one(share: float, num_steps: list[int]
         for stage, steps in zip(STAGES, (10, 4), strict=False)
     ]
     assert [stage.schedule.num_steps for stage in shortened(stages, share)] == num_steps
+
+
+@pytest.mark.parametrize("is_right", [True, False])
+def test_the_middle_of_an_object_is_named_by_words_that_no_text_has(
+    own_processor: Any, fresh: LlavaForConditionalGeneration, monkeypatch: pytest.MonkeyPatch, is_right: bool
+):
+    namer = PatchNamer(fresh, PixelNormalizer(own_processor), own_processor.tokenizer)
+    ids = namer.get_buffer("centre")
+    assert int(ids.min()) >= len(own_processor.tokenizer)
+    example = {name: value[None] for name, value in CrowdedScenes(0, 1)[0].items()}
+    table: Any = fresh.get_input_embeddings()
+    said = example["centre"] if is_right else 1 - example["centre"]
+    monkeypatch.setattr(fresh.model.multi_modal_projector, "forward", lambda _features: table.weight[ids][said])
+    _, figures = namer(**example)
+    assert figures["centre"] == (1 if is_right else 0)
