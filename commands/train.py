@@ -49,7 +49,7 @@ def mini(out: Path, seed: int, share: float, as_json: bool, quiet: bool) -> None
     _report(as_json, checkpoint=str(checkpoint))
 
 
-def _learning_options(*, steps: int, learning_rate: str) -> Callable[[Command], Command]:
+def _learning_options(*, steps: int, learning_rate: float | None, suits: str) -> Callable[[Command], Command]:
     """Add the options of everything that learns from conversations."""
     return with_options(
         click.option("--out", "-o", type=click.Path(path_type=Path), help="Folder, by default out/train_RECIPE."),
@@ -66,14 +66,16 @@ def _learning_options(*, steps: int, learning_rate: str) -> Callable[[Command], 
         click.option(
             "--accumulate", default=1, show_default=True, type=click.IntRange(min=1), help="Parts of a batch."
         ),
-        click.option("--learning-rate", default=1e-3, show_default=True, help=learning_rate),
+        click.option(
+            "--learning-rate", default=learning_rate, show_default=True, type=float, help=f"At its highest{suits}."
+        ),
         click.option("--gradient-checkpointing", is_flag=True, help="Compute activations twice to save memory."),
     )
 
 
 @train.command()
 @recipe_options
-@_learning_options(steps=600, learning_rate="At its highest; 2e-4 suits a 7B model.")
+@_learning_options(steps=600, learning_rate=1e-3, suits="; 2e-4 suits a 7B model")
 @click.option(
     "--curriculum",
     type=click.Choice(["mild-first", "strong-first", "none"]),
@@ -108,15 +110,21 @@ def adsc(
 
 @train.command()
 @recipe_options
-@_learning_options(steps=1000, learning_rate="At its highest.")
+@_learning_options(steps=1000, learning_rate=None, suits=", by default 1e-3, of an oracle 0.1")
 @click.option(
     "--entropy", default=1.0, show_default=True, type=click.FloatRange(min=0), help="Weight of rows' entropy."
 )
 @click.option("--column", default=1.0, show_default=True, type=click.FloatRange(min=0), help="Weight of column sums.")
 @click.option("--clip", default=1e-2, show_default=True, help="Norm that gradients are clipped to.")
 @click.option("--seed", default=0, show_default=True, type=click.IntRange(min=0), help="Of the compressor.")
+@click.option(
+    "--oracle",
+    is_flag=True,
+    help="Learn no compressor: find the best matrix for each image of one batch and tell how far others are from it.",
+)
 @output_options
 def metacompress(
+    oracle: bool,
     entropy: float,
     column: float,
     clip: float,
@@ -128,8 +136,11 @@ def metacompress(
 ) -> None:
     """Train the compressor of MetaCompress; its file goes into a recipe or --compressor."""
     from tokexport.training.metacompress import Distillation, train_compressor
+    from tokexport.training.oracle import MATRICES_FILE, train_oracle
 
-    _refuse_useless(options, "dtype", "compressor")
+    _refuse_useless(options, "dtype", *(() if oracle else ("compressor",)))
+    if options["learning_rate"] is None:
+        options["learning_rate"] = 0.1 if oracle else 1e-3
     distillation = Distillation(
         schedule=_schedule(options, max_grad_norm=clip),
         entropy=entropy,
@@ -138,7 +149,15 @@ def metacompress(
         seed=seed,
     )
     terminal = Terminal(quiet=quiet)
-    made, material, out = _task(options)
+    made, material, out = _task(options, kind="oracle" if oracle else "train")
+    if oracle:
+        with terminal.working():
+            compared = train_oracle(made, material, distillation, out, listener=_listener(terminal))
+        for name, figures in compared.items():
+            terminal.show(f"{name}: " + ", ".join(f"{key} {value:.4g}" for key, value in figures.items()))
+        terminal.show(f"the matrices are in {out / MATRICES_FILE}")
+        _report(as_json, matrices=str(out / MATRICES_FILE), comparison=compared)
+        return
     with terminal.working():
         path = train_compressor(made, material, distillation, out, listener=_listener(terminal))
     terminal.show(f"the compressor is {path}; build with it: --recipe {made.recipe.name} --compressor {path}")
@@ -163,7 +182,7 @@ def _schedule(options: Mapping[str, Any], **more: Any) -> "Schedule":
     )
 
 
-def _task(options: Mapping[str, Any]) -> "tuple[Design, Material, Path]":
+def _task(options: Mapping[str, Any], kind: str = "train") -> "tuple[Design, Material, Path]":
     """Return the recipe's design, what to learn from, and the folder to work in."""
     from tokexport.exporter.export import design
     from tokexport.training.tuning_data import llava_material, made_material
@@ -174,7 +193,7 @@ def _task(options: Mapping[str, Any]) -> "tuple[Design, Material, Path]":
         material = made_material(made, num=num)
     else:
         material = llava_material(made, data, options["images"] or data.parent, num=num)
-    return made, material, options["out"] or Path("out") / f"train_{made.recipe.name}"
+    return made, material, options["out"] or Path("out") / f"{kind}_{made.recipe.name}"
 
 
 def _listener(terminal: Terminal) -> Any:
@@ -183,6 +202,6 @@ def _listener(terminal: Terminal) -> Any:
     return Listener(tick=terminal.tick, note=terminal.step)
 
 
-def _report(as_json: bool, **document: str) -> None:
+def _report(as_json: bool, **document: object) -> None:
     if as_json:
         click.echo(json.dumps(document, indent=2))

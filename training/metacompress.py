@@ -7,11 +7,13 @@ W vocabulary, D width
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.nn import functional
+from transformers import LlavaForConditionalGeneration
 
 from tokexport.errors import RecipeError, TrainingError
 from tokexport.exporter.checkpoint import fingerprint
@@ -19,7 +21,7 @@ from tokexport.exporter.compressor_file import FILE_NAME, save_compressor
 from tokexport.exporter.export import Design
 from tokexport.exporter.methods.adsc import Adsc
 from tokexport.exporter.methods.metacompress import MetaCompress
-from tokexport.exporter.modules.token_mixing import MetaCompressor
+from tokexport.exporter.modules.token_mixing import START_BETA
 from tokexport.exporter.plan import TokenPlan
 from tokexport.training.compressed import NO_LABEL, CompressedLlava, Thinning, kept_places, share_right
 from tokexport.training.frozen import load_llava
@@ -39,6 +41,7 @@ class Distillation:
         schedule: how long and how fast.
         entropy: weight of the mean entropy of rows, which makes them choose.
         column: weight of the largest column sum, which keeps rows from choosing the same token.
+        start_beta: how sharply rows choose at the start.
         gradient_checkpointing: compute activations twice to save memory.
         seed: of the weights that it starts from.
     """
@@ -46,6 +49,7 @@ class Distillation:
     schedule: Schedule
     entropy: float = 1.0
     column: float = 1.0
+    start_beta: float = START_BETA
     gradient_checkpointing: bool = False
     seed: int = 0
 
@@ -61,7 +65,7 @@ class Distiller(nn.Module):
     Args:
         teacher: the model, nothing compressed; frozen.
         student: the same with what a recipe thins inside the language model.
-        compressor: the only part that learns.
+        matrix: makes matrices (I, M, N) of image features (I, N, D); the only part that learns.
         entropy: see ``Distillation``.
         column: see ``Distillation``.
     """
@@ -70,13 +74,13 @@ class Distiller(nn.Module):
         self,
         teacher: CompressedLlava,
         student: CompressedLlava,
-        compressor: MetaCompressor,
+        matrix: nn.Module,
         *,
         entropy: float = 1.0,
         column: float = 1.0,
     ) -> None:
         super().__init__()
-        self.teacher, self.student, self.compressor = teacher, student, compressor
+        self.teacher, self.student, self.matrix = teacher, student, matrix
         self._entropy, self._column = entropy, column
 
     def forward(
@@ -89,13 +93,13 @@ class Distiller(nn.Module):
             expected_AW, target_A = self.teacher.answer(features_IND, input_ids, labels)
         right = share_right(expected_AW, target_A)
         if not len(features_IND):
-            nothing = sum(parameter.sum() for parameter in self.compressor.parameters()) * 0.0
+            nothing = sum(parameter.sum() for parameter in self.matrix.parameters()) * 0.0
             return torch.as_tensor(nothing), {
                 **dict.fromkeys(_PARTS, torch.tensor(0.0)),
                 "right": right,
                 "teacher": right,
             }
-        matrix_IMN = self.compressor.matrix(features_IND)
+        matrix_IMN = self.matrix(features_IND)
         short_ids, short_labels = shortened(input_ids, labels, self.teacher.image_token, matrix_IMN.shape[1])
         found_AW, _ = self.student.answer(matrix_IMN @ features_IND.to(matrix_IMN.dtype), short_ids, short_labels)
         divergence = functional.kl_div(
@@ -149,40 +153,26 @@ def train_compressor(
         RecipeError: the recipe has no MetaCompress, or something before it.
         TrainingError: see ``fit``.
     """
-    method, arriving = _compressor_of(made)
+    method, arriving = compressor_of(made)
     accelerator = make_accelerator()
-    llava = load_llava(made.model).requires_grad_(False)
-    llava.set_attn_implementation(attention_for(accelerator.device))
-    if distillation.gradient_checkpointing:
-        llava.activation_checkpointing_enable()
+    llava = frozen_llava(made, distillation)
     compressor = method.feature_stage(made.model.spec, arriving)
-    compressor.matrix.start(torch.Generator().manual_seed(distillation.seed))
-    teacher, student = CompressedLlava(llava, {}), CompressedLlava(llava, _thinnings_behind(made))
-    distiller = Distiller(teacher, student, compressor, entropy=distillation.entropy, column=distillation.column)
-    sizes = method.trained_sizes(arriving)
+    compressor.matrix.start(torch.Generator().manual_seed(distillation.seed), distillation.start_beta)
+    distiller = distiller_of(made, llava, compressor.matrix, distillation)
     fit(
         material.objective_of(distiller),
         material.examples,
         distillation.schedule,
         folder,
         stage=f"metacompress {made.recipe.name}",
-        settings={
-            "entropy": distillation.entropy,
-            "column": distillation.column,
-            "seed": distillation.seed,
-            "model": fingerprint(made.model)[:12],
-            "data": material.name,
-            **sizes,
-            "width": method.width,
-            "thinnings": {layer: len(thinning.index) for layer, thinning in student.thinnings.items()},
-        },
+        settings=run_settings(made, material, distillation),
         collate=material.collate,
         listener=listener,
     )
     path = folder / FILE_NAME
     if accelerator.is_main_process:
         try:
-            save_compressor(path, compressor, sizes)
+            save_compressor(path, compressor, method.trained_sizes(arriving))
         except (OSError, SafetensorError) as error:
             raise TrainingError(
                 f"{path} cannot be written ({error}); free some room or choose another folder"
@@ -191,8 +181,45 @@ def train_compressor(
     return path
 
 
-def _compressor_of(made: Design) -> tuple[MetaCompress, TokenPlan]:
-    """Return the recipe's compressor and what arrives there."""
+def frozen_llava(made: Design, distillation: Distillation) -> LlavaForConditionalGeneration:
+    """Return the model of a recipe as teacher and student share it."""
+    llava = load_llava(made.model).requires_grad_(False)
+    llava.set_attn_implementation(attention_for(make_accelerator().device))
+    if distillation.gradient_checkpointing:
+        llava.activation_checkpointing_enable()
+    return llava
+
+
+def distiller_of(
+    made: Design, llava: LlavaForConditionalGeneration, matrix: nn.Module, distillation: Distillation
+) -> Distiller:
+    """Return what compares a recipe's model with itself behind ``matrix`` and behind what thins later."""
+    teacher, student = CompressedLlava(llava, {}), CompressedLlava(llava, _thinnings_behind(made))
+    return Distiller(teacher, student, matrix, entropy=distillation.entropy, column=distillation.column)
+
+
+def run_settings(made: Design, material: Material, distillation: Distillation) -> dict[str, Any]:
+    """Return everything but the schedule that makes a run what it is."""
+    method, arriving = compressor_of(made)
+    return {
+        "entropy": distillation.entropy,
+        "column": distillation.column,
+        "start_beta": distillation.start_beta,
+        "seed": distillation.seed,
+        "model": fingerprint(made.model)[:12],
+        "data": material.name,
+        **method.trained_sizes(arriving),
+        "width": method.width,
+        "thinnings": {layer: len(thinning.index) for layer, thinning in _thinnings_behind(made).items()},
+    }
+
+
+def compressor_of(made: Design) -> tuple[MetaCompress, TokenPlan]:
+    """Return the recipe's compressor and what arrives there.
+
+    Raises:
+        RecipeError: the recipe has no MetaCompress, or something before it.
+    """
     names = [method.name for method in made.methods]
     first = made.methods[0] if made.methods else None
     if not isinstance(first, MetaCompress) or not all(isinstance(method, Adsc) for method in made.methods[1:]):

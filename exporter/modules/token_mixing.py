@@ -14,8 +14,8 @@ from tokexport.exporter.windows import Windows
 
 # Of the waves of a position, in tokens.
 _LONGEST_WAVE = 10_000.0
-# How sharply rows choose before training.
-_START_BETA = 4.0
+START_BETA = 4.0
+"""How sharply rows choose before training."""
 
 
 class WindowAverage(nn.Module):
@@ -57,12 +57,12 @@ class MixingMatrix(nn.Module):
             self.register_buffer(f"position_{axis}", _waves(length, width, axis, len(windows.arriving)), False)
 
     @torch.no_grad()
-    def start(self, generator: torch.Generator | None = None) -> None:
+    def start(self, generator: torch.Generator | None = None, beta: float = START_BETA) -> None:
         """Start as a weighted average over windows: queries are made as keys are, and near tokens count most."""
         width, score_width = self.query_DC.shape
         self.query_DC.copy_(torch.randn(width, score_width, generator=generator) / math.sqrt(width))
         self.key_DC.copy_(self.query_DC)
-        self.beta_C.fill_(_START_BETA)
+        self.beta_C.fill_(beta)
 
     def forward(self, features_BND: Tensor) -> Tensor:
         """Return the matrix (B, M, N), whose rows sum to 1, for ``features_BND`` (B, N, D)."""

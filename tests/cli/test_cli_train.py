@@ -67,6 +67,23 @@ def test_a_compressor_is_trained_and_built_in(run: Run, mixing: Path, checkpoint
     ]
 
 
+def test_an_oracle_tells_how_far_a_compressor_is_from_the_best_matrix(
+    run: Run, mixing: Path, checkpoint: Path, tmp_path: Path
+):
+    data, images = write_llava_data(tmp_path)
+    options = ("--data", data, "--images", images, "--steps", 2, "--batch-size", 2, "--oracle")
+    outcome = run(
+        "train", "metacompress", "-r", mixing, "--model", checkpoint, *options, "-o", tmp_path / "out", "--json"
+    )
+    assert outcome.code == 0
+    assert outcome.document["matrices"] == str(tmp_path / "out" / "oracle.safetensors")
+    # The recipe's own is not trained yet.
+    assert list(outcome.document["comparison"]) == ["pool", "oracle"]
+    assert "metacompress is left out of the comparison: there are no compressor weights made later" in outcome.err
+    assert "oracle mixing, step 2, " in outcome.err
+    assert f"oracle: divergence {outcome.document['comparison']['oracle']['divergence']:.4g}, entropy " in outcome.err
+
+
 @pytest.mark.parametrize(
     ("arguments", "expected"),
     [
