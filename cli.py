@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from tokexport.commands.compare import compare
+from tokexport.commands.compile import compile_engines
 from tokexport.commands.options import (
     answer_options,
     engine_options,
@@ -374,6 +375,7 @@ def doctor(as_json: bool, quiet: bool) -> None:
 
 cli.add_command(train)
 cli.add_command(compare)
+cli.add_command(compile_engines)
 
 
 def main() -> None:

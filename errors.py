@@ -8,6 +8,7 @@ TokexportError              exit 1   what came, what was expected, what to do
 ├── InputError                       an image, a prompt, a number given to a run
 ├── BackendUnavailableError          an engine that is not installed or cannot do this
 ├── ExportError                      a graph that could not be made as promised
+├── EngineError                      a compiled engine: not built as promised, or for something else than this
 ├── TrainingError                    training that cannot start, go on, or be stored
 ├── ParityError             exit 3   two implementations disagree
 └── GateError               exit 4   a measured figure is under the bar
@@ -45,6 +46,10 @@ class BackendUnavailableError(TokexportError):
 
 class ExportError(TokexportError):
     """A graph that breaks what tokexport promises of it."""
+
+
+class EngineError(TokexportError):
+    """An engine that could not be built as promised, or that was built for something else."""
 
 
 class TrainingError(TokexportError):

@@ -8,8 +8,9 @@ language model, D width, Q logits asked for, W vocabulary, G layer groups
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
@@ -183,12 +184,48 @@ class Backend(ABC):
                 "one of these with --dtype, or write the graphs without running them: tokexport export"
             )
 
+    def state(self) -> str:
+        """Return why nothing can be run with it here, nothing where something can."""
+        return ""
+
     @abstractmethod
     def open(self, bundle: Bundle, options: SessionOptions) -> Session:
         """Open an artefact.
 
         Raises:
             BackendUnavailableError: a package or a device is missing, or the precision is not supported.
+        """
+
+
+class Compiler(Backend, ABC):
+    """An engine that an artefact is compiled for before it runs."""
+
+    @abstractmethod
+    def compile(
+        self,
+        bundle: Bundle,
+        options: SessionOptions,
+        *,
+        capability: str | None = None,
+        overwrite: bool = False,
+        progress: Callable[[str], None] = lambda _: None,
+    ) -> Path:
+        """Build what ``open`` will run, beside the artefact's graphs.
+
+        Args:
+            bundle: the artefact.
+            options: room of the cache, which becomes part of what is built.
+            capability: compute capability of the GPU to build for, e.g. 8.6; by default that of this machine.
+            overwrite: replace what was built before.
+            progress: told what is being done.
+
+        Returns:
+            The folder with what was built.
+
+        Raises:
+            BackendUnavailableError: the precision is not supported, or a GPU is missing.
+            InputError: a GPU that cannot be built for.
+            EngineError: it cannot be built as promised, or stored, or is there already.
         """
 
 

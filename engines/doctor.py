@@ -30,7 +30,8 @@ def _engines() -> list[dict[str, Any]]:
     found: list[dict[str, Any]] = []
     for name in list_backends():
         try:
-            text, reason = _first_line(load_backend(name).__doc__), ""
+            backend = load_backend(name)
+            text, reason = _first_line(backend.__doc__), backend.state()
         except BackendUnavailableError as error:
             text, reason = "", str(error)
         found.append({"name": name, "available": not reason, "text": text, "reason": reason})

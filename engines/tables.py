@@ -62,6 +62,27 @@ def plan_tables(report: Mapping[str, Any], plan: TokenPlan) -> list[Table]:
     return [tokens, costs]
 
 
+def engine_table(record: Mapping[str, Any]) -> Table:
+    """Return what compiling made."""
+    room = record["room"]
+    title = (
+        f"{record['backend']} {record['version']}, compute capability {record['capability']}, {record['dtype']}, room "
+        f"for {room['max_text_tokens']} text tokens and {room['max_images']} images"
+    )
+    table = new_table("engine", "fused attentions", "rotary", "cache updates", "size", "seconds", title=title)
+    for name, engine in record["engines"].items():
+        layers = engine["layers"]
+        table.add_row(
+            name,
+            str(engine["fused_attentions"]),
+            str(layers["ROTARY_EMBEDDING"]),
+            str(layers["KV_CACHE_UPDATE"]),
+            f"{engine['bytes'] / 1e6:,.1f} MB",
+            f"{engine['seconds']:.1f}",
+        )
+    return table
+
+
 def proposals_table(proposals: Sequence[Mapping[str, Any]]) -> Table:
     """Return schedules that meet a budget."""
     table = new_table("keeps KV", "keeps FLOPs", "drops", title="schedules of halvings that meet the budget")

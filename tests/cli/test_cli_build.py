@@ -209,3 +209,26 @@ def test_bench_exits_with_4_where_a_figure_misses_its_bar(
     assert outcome.code == 4
     assert outcome.error.startswith("1 figures miss their bars: prefill_ms of ort over that of transformers")
     assert outcome.document["rows"]
+
+
+def test_an_artefact_is_compiled_for_a_gpu_that_is_not_here(run: Run, checkpoint: Path, recipe: Path, tmp_path: Path):
+    pytest.importorskip("tensorrt_rtx")
+    made = ("--model", checkpoint, "--dtype", "float16", "-o", tmp_path / "out")
+    assert run("export", "-r", recipe, *made).code == 0
+    options = ("--capability", "8.6", "--max-text-tokens", 40, "--max-images", 1)
+    outcome = run("compile", tmp_path / "out", *options, "--json")
+    assert outcome.code == 0, outcome.err
+    document = outcome.document
+    assert Path(document["path"]).parent == tmp_path / "out" / "engines"
+    assert (document["capability"], document["dtype"]) == ("8.6", "float16")
+    assert document["room"] == {"max_text_tokens": 40, "max_images": 1}
+    assert "fused attentions" in outcome.err
+    again = run("compile", tmp_path / "out", *options)
+    assert again.code == 1
+    assert again.error.endswith("; build it again with --overwrite, or use it as it is")
+
+
+def test_an_engine_that_runs_graphs_as_they_are_is_not_compiled_for(run: Run, tiny_adsc: Bundle):
+    outcome = run("compile", tiny_adsc.path, "--backend", "ort")
+    assert outcome.code == 1
+    assert outcome.error == "backend 'ort' runs the graphs as they are; compile for one of: tensorrt, tensorrt-rtx"

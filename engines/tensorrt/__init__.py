@@ -1,0 +1,1 @@
+"""TensorRT, both kinds of it: one implementation over a library handle."""
