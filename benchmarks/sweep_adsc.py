@@ -54,15 +54,19 @@ VARIANTS: Mapping[str, Variant] = {
 @click.command()
 @click.option("--steps", default=200, show_default=True, help="Of tuning.")
 @click.option("--dialogues", default=500, show_default=True, help="Of the validation split.")
+@click.option("--only", multiple=True, type=click.Choice([*VARIANTS]), help="Variants; by default all.")
+@click.option("--threads", type=int, help="For the questions, by default one per core.")
 @click.option("--out", type=click.Path(path_type=Path), default=Path("out/sweep_adsc"), show_default=True)
-def main(steps: int, dialogues: int, out: Path) -> None:
+def main(steps: int, dialogues: int, only: tuple[str, ...], threads: int | None, out: Path) -> None:
     """Tune and ask every variant, and print a table."""
     click.echo("| variant | tokens per layer | untuned | tuned | 95 % interval |\n|---|---:|---:|---:|---|")
     for number, (name, variant) in enumerate(VARIANTS.items()):
+        if only and name not in only:
+            continue
         folder = out / f"{number}_{steps}"
         recipe = variant.recipe(f"variant_{number}")
-        untuned = _accuracy(recipe, folder / "untuned", dialogues)
-        tuned = _accuracy(_tuned(recipe, variant, folder, steps), folder / "tuned", dialogues)
+        untuned = _accuracy(recipe, folder / "untuned", dialogues, threads)
+        tuned = _accuracy(_tuned(recipe, variant, folder, steps), folder / "tuned", dialogues, threads)
         low, high = tuned["interval"]
         click.echo(
             f"| {name} | {design(recipe).plan.mean_vision_tokens:g} | {untuned['accuracy']:.3f} "
@@ -78,10 +82,10 @@ def _tuned(recipe: Recipe, variant: Variant, folder: Path, num_steps: int) -> Re
     return override(recipe, adapter=str(adapter))
 
 
-def _accuracy(recipe: Recipe, path: Path, num_dialogues: int) -> Mapping[str, Any]:
+def _accuracy(recipe: Recipe, path: Path, num_dialogues: int, threads: int | None) -> Mapping[str, Any]:
     if not path.is_dir():
         build(recipe, path, with_verify=False, with_bench=False)
-    return tokexport.evaluate(path, "validation", dialogues=num_dialogues).report()
+    return tokexport.evaluate(path, "validation", dialogues=num_dialogues, threads=threads).report()
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ The graphs are standard ONNX, so this is also what any other runtime computes. `
 """
 
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,6 +23,12 @@ except ImportError as error:
     ) from error
 
 
+Device = Literal["cpu", "cuda"]
+# What the first cannot compute, like shapes, the second does.
+_PROVIDERS: dict[Device, list[str]] = {
+    "cpu": ["CPUExecutionProvider"],
+    "cuda": ["CUDAExecutionProvider", "CPUExecutionProvider"],
+}
 # Its CPU kernels do not compute in bfloat16.
 CPU_DTYPES = ("float32", "float16")
 
@@ -49,22 +56,24 @@ class OrtSession(Session):
         bundle: the artefact; weights are read from it.
         options: room and threads.
         decoder: the serialised decoder graph, which may differ from the artefact's.
+        device: where it is computed and the cache is kept.
     """
 
-    def __init__(self, bundle: Bundle, options: SessionOptions, decoder: bytes) -> None:
+    def __init__(self, bundle: Bundle, options: SessionOptions, decoder: bytes, device: Device = "cpu") -> None:
         super().__init__(bundle.spec, bundle.plan, options)
         self._dtype = np.dtype(bundle.recipe.export.dtype)
-        folder = bundle.path / "onnx"
-        self._vision = inference_session(_graph_file(bundle, "vision_encoder"), folder, threads=options.threads)
-        self._embedding = inference_session(_graph_file(bundle, "embed_tokens"), folder, threads=options.threads)
-        self._decoder = inference_session(decoder, folder, threads=options.threads)
+        folder, threads = bundle.path / "onnx", options.threads
+        vision, embedding = _graph_file(bundle, "vision_encoder"), _graph_file(bundle, "embed_tokens")
+        self._vision = inference_session(vision, folder, threads=threads, device=device)
+        self._embedding = inference_session(embedding, folder, threads=threads, device=device)
+        self._decoder = inference_session(decoder, folder, threads=threads, device=device)
         self._binding = self._decoder.io_binding()
         self._binding.bind_output("logits", "cpu")  # first, so that it is the first output of every run
         self._cache: dict[str, ort.OrtValue] = {}
         for layer, group in enumerate(self.plan.group_of_layer):
             shape = (1, self.spec.num_kv_heads, self.capacities[group], self.spec.head_dim)
             for past, present in zip(cache_names(layer), cache_names(layer, "present"), strict=True):
-                value = ort.OrtValue.ortvalue_from_numpy(np.zeros(shape, self._dtype))
+                value = ort.OrtValue.ortvalue_from_numpy(np.zeros(shape, self._dtype), device)
                 self._cache[past] = value
                 # One buffer as input and output: the cache is written in place, never copied.
                 self._binding.bind_ortvalue_input(past, value)
@@ -95,7 +104,9 @@ class OrtSession(Session):
         return sum(value.numpy().nbytes for value in self._cache.values())
 
 
-def inference_session(graph: bytes, folder: Path, *, threads: int | None) -> "ort.InferenceSession":
+def inference_session(
+    graph: bytes, folder: Path, *, threads: int | None, device: Device = "cpu"
+) -> "ort.InferenceSession":
     """Open a serialised graph whose weights lie in ``folder``."""
     settings = ort.SessionOptions()
     settings.intra_op_num_threads = threads or available_cores()
@@ -104,4 +115,4 @@ def inference_session(graph: bytes, folder: Path, *, threads: int | None) -> "or
     # take the cores that the decoder's threads need: its first layer then takes twice as long.
     settings.add_session_config_entry("session.force_spinning_stop", "1")
     settings.add_session_config_entry("session.model_external_initializers_file_folder_path", str(folder))
-    return ort.InferenceSession(graph, settings, providers=["CPUExecutionProvider"])
+    return ort.InferenceSession(graph, settings, providers=_PROVIDERS[device])

@@ -17,6 +17,7 @@ from tokexport.engines.backend import (
     load_backend,
     planned_kv_bytes,
 )
+from tokexport.engines.backends.ort_cuda import OrtCuda
 from tokexport.engines.backends.ort_portable import OrtSession
 from tokexport.engines.generate import IMAGE, Conversation
 from tokexport.errors import BackendUnavailableError, InputError
@@ -24,6 +25,7 @@ from tokexport.exporter.bundle import Bundle
 
 STATIC = ["ort", "ort-portable", "torch-eager"]
 """Engines with a cache of fixed capacity."""
+ALL = "ort, ort-cuda, ort-portable, tensorrt, tensorrt-rtx, torch-eager, transformers"
 SAME = 1e-4
 
 TURNS = ([*words(6), IMAGE, *words(4, seed=1)], words(3, seed=2), [IMAGE], words(1, seed=3))
@@ -168,8 +170,8 @@ def test_threads_do_not_change_the_answer(backend: str, tiny_adsc: Bundle, expec
     [
         ("ort-portabel", "there is no backend 'ort-portabel'; did you mean 'ort-portable'?"),
         ("ort_portable", "there is no backend 'ort_portable'; did you mean 'ort-portable'?"),
-        ("zzz", "there is no backend 'zzz'; choose one of: ort, ort-portable, torch-eager, transformers"),
-        ("", "there is no backend ''; choose one of: ort, ort-portable, torch-eager, transformers"),
+        ("zzz", f"there is no backend 'zzz'; choose one of: {ALL}"),
+        ("", f"there is no backend ''; choose one of: {ALL}"),
     ],
 )
 def test_an_unknown_engine_is_refused_with_the_nearest(name: str, expected: str):
@@ -196,3 +198,20 @@ def test_a_second_row_in_a_batch_is_refused(tiny_adsc: Bundle):
 def test_a_session_has_the_room_of_the_recipe(tiny_adsc: Bundle):
     session = open_engine(tiny_adsc)
     assert (session.options.max_text_tokens, session.options.max_images) == (128, 3)
+
+
+@pytest.mark.parametrize(
+    ("providers", "text"),
+    [
+        (["CPUExecutionProvider"], "installed without CUDA; install it with: pip uninstall onnxruntime, then pip"),
+        (["CUDAExecutionProvider"], "it needs an NVIDIA GPU, and there is none"),
+    ],
+)
+def test_onnx_runtime_on_a_gpu_says_what_is_missing(
+    monkeypatch: pytest.MonkeyPatch, tiny_full: Bundle, providers: list[str], text: str
+):
+    monkeypatch.setattr("onnxruntime.get_available_providers", lambda: providers)
+    assert text in load_backend("ort-cuda").state()
+    monkeypatch.setattr(OrtCuda, "dtypes", ("float32",))
+    with pytest.raises(BackendUnavailableError, match=f"backend 'ort-cuda' cannot run here: .*{text}"):
+        open_engine(tiny_full, "ort-cuda")
