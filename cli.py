@@ -362,9 +362,8 @@ def doctor(as_json: bool, quiet: bool) -> None:
     report = examine()
     table = new_table("", "", title="environment", show_header=False)
     for name, value in report["environment"].items():
-        table.add_row(
-            name, ", ".join(f"{k} {v}" for k, v in value.items()) if isinstance(value, Mapping) else str(value)
-        )
+        parts = [f"{k} {v}" for k, v in value.items()] if isinstance(value, Mapping) else value
+        table.add_row(name, "; ".join(parts) or "none" if isinstance(parts, list | tuple) else str(parts))
     engines = new_table("engine", "", title="engines")
     for entry in report["engines"]:
         engines.add_row(entry["name"], "ready" if entry["available"] else entry["reason"])

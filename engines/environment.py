@@ -2,6 +2,7 @@
 
 import os
 import platform
+import subprocess
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -18,6 +19,7 @@ class Environment:
     os: str
     python: str
     threads: int
+    gpus: tuple[str, ...] = ()
     versions: dict[str, str] = field(default_factory=dict)
 
 
@@ -37,8 +39,20 @@ def describe_environment(threads: int | None = None) -> Environment:
         os=platform.platform(terse=True),
         python=platform.python_version(),
         threads=threads or available_cores(),
+        gpus=list_gpus(),
         versions=library_versions(),
     )
+
+
+def list_gpus() -> tuple[str, ...]:
+    """Return each NVIDIA GPU with its driver and compute capability, nothing where there is no driver."""
+    query = ["nvidia-smi", "--query-gpu=name,driver_version,compute_cap", "--format=csv,noheader"]
+    try:
+        listed = subprocess.run(query, capture_output=True, text=True, timeout=10, check=True).stdout
+    except (OSError, subprocess.SubprocessError):
+        return ()
+    rows = [[part.strip() for part in line.split(",")] for line in listed.splitlines() if line.count(",") == 2]
+    return tuple(f"{name}, driver {driver}, compute capability {capability}" for name, driver, capability in rows)
 
 
 def _cpu_name() -> str:

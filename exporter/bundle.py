@@ -34,7 +34,19 @@ from tokexport.recipes.tables import parse_table, table_of
 SCHEMA_VERSION = 1
 MANIFEST = "tokexport.json"
 REPORTS = "reports"
-_LIBRARIES = ("tokexport", "torch", "transformers", "onnx", "onnx-ir", "onnxscript", "onnxruntime", "safetensors")
+_LIBRARIES = (
+    "tokexport",
+    "torch",
+    "transformers",
+    "onnx",
+    "onnx-ir",
+    "onnxscript",
+    "onnxruntime",
+    "onnxruntime-gpu",
+    "tensorrt",
+    "tensorrt-rtx",
+    "safetensors",
+)
 # A file larger than this is compared by size when an artefact is opened, by checksum when it is verified.
 _QUICK_CHECK_BYTES = 256 << 20
 # numpy raises without a number when a write is cut short.

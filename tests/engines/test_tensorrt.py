@@ -1,9 +1,11 @@
 """TensorRT without a GPU: its graph computes what the portable one does, and engines are what they claim."""
 
 import json
+import shutil
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -18,6 +20,7 @@ from tests.conftest import NUM_LAYERS, NUM_VISION_TOKENS, adsc, recipe_for
 from tokexport.engines.backend import DecoderStep, Session, SessionOptions, load_backend, open_session
 from tokexport.engines.generate import IMAGE, Conversation
 from tokexport.engines.tensorrt.dialect import rewritten_decoder
+from tokexport.engines.tensorrt.engine_folder import find
 from tokexport.engines.tensorrt.kernels import Kernel, read_kernels, require_fused
 from tokexport.engines.tensorrt.phases import decoder_shapes, phase_of, phases
 from tokexport.engines.tensorrt.session import Runner, TensorrtSession
@@ -263,3 +266,87 @@ def test_precision_that_no_fused_attention_computes_is_refused(tiny_adsc: Bundle
 def test_an_engine_needs_a_gpu_to_run(compiled: tuple[Bundle, Path]):
     with pytest.raises(BackendUnavailableError, match=r"cannot run here: compiles for .*needs an NVIDIA GPU"):
         open_session(compiled[0], "tensorrt-rtx", OPTIONS)
+
+
+def found(bundle: Bundle, **changes: Any) -> Any:
+    """Look for engines as a session on a GPU of compute capability 8.6 would."""
+    library = replace(compiler().library, **{key: changes.pop(key) for key in ("version",) if key in changes})
+    return find(bundle, library, changes.pop("capability", "8.6"), replace(OPTIONS, **changes))
+
+
+def test_engines_are_found_with_the_room_they_were_built_with(compiled: tuple[Bundle, Path]):
+    bundle, path = compiled
+    engines = found(bundle, max_text_tokens=10)
+    assert (engines.path, engines.room.max_text_tokens, engines.room.max_images) == (path, 40, 2)
+    assert len(engines.plan("decoder")) == (path / "decoder.engine").stat().st_size
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "text"),
+    [
+        ({"version": "9.9"}, EngineError, "has only tensorrt-rtx-.*-sm86-float16, and engines run with the version"),
+        (
+            {"capability": "8.9"},
+            EngineError,
+            r"expected tensorrt-rtx-.*-sm89-float16; build it with: .* --capability 8\.9",
+        ),
+        (
+            {"max_text_tokens": 41},
+            InputError,
+            "max-text-tokens 41 is more than the 40 .* --max-text-tokens 41 --overwrite",
+        ),
+        ({"max_images": 3}, InputError, "max-images 3 is more than the 2 that"),
+    ],
+)
+def test_engines_for_something_else_are_refused(
+    compiled: tuple[Bundle, Path], changes: dict[str, Any], error: type[Exception], text: str
+):
+    with pytest.raises(error, match=text):
+        found(compiled[0], **changes)
+
+
+@pytest.fixture
+def own(compiled: tuple[Bundle, Path], tmp_path: Path) -> tuple[Bundle, Path]:
+    """Return a copy that a test may damage."""
+    bundle, path = compiled
+    shutil.copytree(bundle.path, tmp_path / "own")
+    return Bundle.open(tmp_path / "own"), tmp_path / "own" / path.relative_to(bundle.path)
+
+
+def test_engines_of_other_graphs_are_refused(own: tuple[Bundle, Path]):
+    bundle, path = own
+    record = json.loads((path / "engine.json").read_text())
+    record["graphs"]["onnx/decoder_model_merged.onnx"] = "0" * 64
+    (path / "engine.json").write_text(json.dumps(record))
+    with pytest.raises(
+        EngineError, match=r"was built from other graphs than .* has now; build it with: tokexport compile"
+    ):
+        found(bundle)
+
+
+def test_a_damaged_record_is_refused(own: tuple[Bundle, Path]):
+    (own[1] / "engine.json").write_text("{")
+    with pytest.raises(EngineError, match=r"engine.json cannot be read .*; build again with: tokexport compile"):
+        found(own[0])
+
+
+def test_an_engine_that_was_cut_short_is_refused(own: tuple[Bundle, Path]):
+    with (own[1] / "decoder.engine").open("r+b") as file:
+        file.truncate(100)
+    with pytest.raises(EngineError, match=r"decoder.engine has 100 bytes, expected \d+; build it again with"):
+        found(own[0]).plan("decoder")
+
+
+def test_an_artefact_without_engines_says_how_to_build_them(tiny_adsc: Bundle):
+    pytest.importorskip("tensorrt_rtx")
+    with pytest.raises(EngineError, match=r"has no engines; expected .*; build it with: tokexport compile"):
+        found(tiny_adsc)
+
+
+def test_a_disk_without_room_is_refused_before_anything_is_built(
+    own: tuple[Bundle, Path], monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(shutil, "disk_usage", lambda _path: SimpleNamespace(free=1000))
+    with pytest.raises(EngineError, match=r"do not fit on the disk of .*, which has 0 MB left; free some room"):
+        compiler().compile(own[0], OPTIONS, capability="8.9")
+    assert [path.name for path in own[1].parent.iterdir()] == [own[1].name]
