@@ -4,7 +4,7 @@ Upper case is known when a kernel is compiled. Sizes of blocks are powers of two
 """
 
 # Triton's language is not Python's: tensors have operators of their own, and kernels are compiled, not called.
-# pyright: basic, reportMissingParameterType=false, reportUntypedFunctionDecorator=false
+# pyright: basic, reportMissingParameterType=false, reportUntypedFunctionDecorator=false, reportOperatorIssue=false
 
 import triton
 import triton.language as tl
