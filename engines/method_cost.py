@@ -40,7 +40,7 @@ def measure_methods(bundle: Bundle, *, threads: int | None, repeats: int) -> dic
 
     Each runs alone in a session of ONNX Runtime, on features of noise.
     """
-    from tokexport.engines.backends.ort_portable import inference_session  # needs ONNX Runtime
+    from tokexport.engines.ort_session import inference_session  # needs ONNX Runtime
 
     whole, taken = _vision_encoder(bundle), {}
     for name, nodes in _scopes(bundle, whole).items():

@@ -19,7 +19,7 @@ def vision_taps(
     Raises:
         ParityError: the graph has no nodes of a module.
     """
-    from tokexport.engines.backends.ort_portable import inference_session  # needs ONNX Runtime
+    from tokexport.engines.ort_session import inference_session  # needs ONNX Runtime
 
     model = ir.load(bundle.graph_path("vision_encoder"))
     last: dict[str, ir.Value] = {}

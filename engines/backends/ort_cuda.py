@@ -1,8 +1,7 @@
 """ONNX Runtime with its flash attention on any NVIDIA GPU, also on one that TensorRT-RTX does not know, like Hopper."""
 
 from tokexport.engines.backend import Backend, SessionOptions
-from tokexport.engines.backends.ort import rewritten_decoder
-from tokexport.engines.backends.ort_portable import OrtSession, ort
+from tokexport.engines.ort_session import OrtSession, ort, rewritten_decoder
 from tokexport.errors import BackendUnavailableError
 from tokexport.exporter.bundle import Bundle
 

@@ -18,8 +18,8 @@ from tokexport.engines.backend import (
     planned_kv_bytes,
 )
 from tokexport.engines.backends.ort_cuda import OrtCuda
-from tokexport.engines.backends.ort_portable import OrtSession
 from tokexport.engines.generate import IMAGE, Conversation
+from tokexport.engines.ort_session import OrtSession
 from tokexport.errors import BackendUnavailableError, InputError
 from tokexport.exporter.bundle import Bundle
 

@@ -1,0 +1,123 @@
+"""A session of ONNX Runtime, which its engines open on one device or another, with one decoder graph or another."""
+
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import onnx_ir as ir
+from numpy.typing import NDArray
+
+from tokexport.engines.backend import Array, DecoderStep, Session, SessionOptions
+from tokexport.engines.environment import available_cores
+from tokexport.errors import BackendUnavailableError, ExportError, InputError
+from tokexport.exporter.bundle import Bundle
+from tokexport.exporter.graph_io import GraphName, cache_names
+from tokexport.exporter.passes.ort_group_query_attention import FuseGroupQueryAttention
+
+try:
+    import onnxruntime as ort
+except ImportError as error:
+    raise BackendUnavailableError(
+        "ONNX Runtime is not installed; install it with: pip install 'tokexport[cpu]'"
+    ) from error
+
+
+Device = Literal["cpu", "cuda"]
+# What the first cannot compute, like shapes, the second does.
+_PROVIDERS: dict[Device, list[str]] = {
+    "cpu": ["CPUExecutionProvider"],
+    "cuda": ["CUDAExecutionProvider", "CPUExecutionProvider"],
+}
+# Its CPU kernels do not compute in bfloat16.
+CPU_DTYPES = ("float32", "float16")
+
+
+def graph_file(bundle: Bundle, graph: GraphName) -> bytes:
+    """Return a graph as it lies in the artefact."""
+    return bundle.graph_path(graph).read_bytes()
+
+
+class OrtSession(Session):
+    """Three ONNX Runtime sessions and one cache that the decoder reads and writes in place.
+
+    Args:
+        bundle: the artefact; weights are read from it.
+        options: room and threads.
+        decoder: the serialised decoder graph, which may differ from the artefact's.
+        device: where it is computed and the cache is kept.
+    """
+
+    def __init__(self, bundle: Bundle, options: SessionOptions, decoder: bytes, device: Device = "cpu") -> None:
+        super().__init__(bundle.spec, bundle.plan, options)
+        self._dtype = np.dtype(bundle.recipe.export.dtype)
+        folder, threads = bundle.path / "onnx", options.threads
+        vision, embedding = graph_file(bundle, "vision_encoder"), graph_file(bundle, "embed_tokens")
+        self._vision = inference_session(vision, folder, threads=threads, device=device)
+        self._embedding = inference_session(embedding, folder, threads=threads, device=device)
+        self._decoder = inference_session(decoder, folder, threads=threads, device=device)
+        self._binding = self._decoder.io_binding()
+        self._binding.bind_output("logits", "cpu")  # first, so that it is the first output of every run
+        self._cache: dict[str, ort.OrtValue] = {}
+        for layer, group in enumerate(self.plan.group_of_layer):
+            shape = (1, self.spec.num_kv_heads, self.capacities[group], self.spec.head_dim)
+            for past, present in zip(cache_names(layer), cache_names(layer, "present"), strict=True):
+                value = ort.OrtValue.ortvalue_from_numpy(np.zeros(shape, self._dtype), device)
+                self._cache[past] = value
+                # One buffer as input and output: the cache is written in place, never copied.
+                self._binding.bind_ortvalue_input(past, value)
+                self._binding.bind_ortvalue_output(present, value)
+
+    def encode_images(self, pixel_values: NDArray[np.float32]) -> Array:
+        return np.asarray(self._vision.run(["image_features"], {"pixel_values": pixel_values.astype(self._dtype)})[0])
+
+    def embed(self, input_ids: NDArray[np.int64]) -> Array:
+        return np.asarray(self._embedding.run(["inputs_embeds"], {"input_ids": input_ids})[0])
+
+    def decode(self, step: DecoderStep) -> NDArray[np.float32]:
+        if step.prefix_embeds.shape[0] != 1:
+            raise InputError(f"a session runs batch 1, not {step.prefix_embeds.shape[0]}")
+        for name, array in step.inputs().items():
+            dtype = self._dtype if np.issubdtype(array.dtype, np.floating) else array.dtype
+            self._binding.bind_cpu_input(name, np.ascontiguousarray(array, dtype))
+        self._binding.bind_output("logits", "cpu")
+        self._decoder.run_with_iobinding(self._binding)
+        return self._binding.get_outputs()[0].numpy().astype(np.float32, copy=False)
+
+    def read_cache(self, layer: int, length: int) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+        key, value = (self._cache[name].numpy()[:, :, :length].astype(np.float32) for name in cache_names(layer))
+        return key, value
+
+    @property
+    def kv_bytes(self) -> int:
+        return sum(value.numpy().nbytes for value in self._cache.values())
+
+
+def inference_session(
+    graph: bytes, folder: Path, *, threads: int | None, device: Device = "cpu"
+) -> "ort.InferenceSession":
+    """Open a serialised graph whose weights lie in ``folder``."""
+    settings = ort.SessionOptions()
+    settings.intra_op_num_threads = threads or available_cores()
+    settings.log_severity_level = 3
+    # The three sessions have a thread pool each. Threads that spin on after the vision encoder's run would
+    # take the cores that the decoder's threads need: its first layer then takes twice as long.
+    settings.add_session_config_entry("session.force_spinning_stop", "1")
+    settings.add_session_config_entry("session.model_external_initializers_file_folder_path", str(folder))
+    return ort.InferenceSession(graph, settings, providers=_PROVIDERS[device])
+
+
+def rewritten_decoder(bundle: Bundle) -> bytes:
+    """Return the artefact's decoder with fused attention, serialised; weights stay in their file.
+
+    Raises:
+        ExportError: not every layer's attention was fused.
+    """
+    model = ir.load(bundle.graph_path("decoder_model_merged"))
+    fuse = FuseGroupQueryAttention()
+    fuse(model)
+    if fuse.count != bundle.spec.num_layers:
+        raise ExportError(
+            f"{fuse.count} of {bundle.spec.num_layers} attentions were fused for ONNX Runtime; the graph "
+            "is not one of tokexport's"
+        )
+    return ir.to_proto(model).SerializeToString()
