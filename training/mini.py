@@ -116,6 +116,12 @@ STAGES = (
         schedule=Schedule(num_steps=1400, batch_size=8, learning_rate=1e-3, optimizer="muon"),
         kinds=(*KINDS, "counting", "comparison", "comparison.same_colour"),
     ),
+    Stage(
+        name="count",
+        trained=_READING,
+        schedule=Schedule(num_steps=1300, batch_size=8, learning_rate=1e-3, optimizer="muon"),
+        kinds=(*KINDS, *("counting",) * 7, "reading", "comparison.same_colour"),
+    ),
 )
 
 
