@@ -68,6 +68,10 @@ class SessionOptions:
         if self.threads is not None and self.threads < 1:
             raise InputError(f"threads {self.threads} must be at least 1")
 
+    def capacities(self, plan: TokenPlan) -> tuple[int, ...]:
+        """Return the tokens that the cache of each layer group has room for."""
+        return tuple(self.max_text_tokens + self.max_images * group.vision_tokens for group in plan.groups)
+
     @classmethod
     def for_bundle(
         cls,
@@ -128,8 +132,7 @@ class Session(ABC):
     @property
     def capacities(self) -> tuple[int, ...]:
         """Tokens that the cache of each layer group has room for."""
-        text, images = self.options.max_text_tokens, self.options.max_images
-        return tuple(text + images * group.vision_tokens for group in self.plan.groups)
+        return self.options.capacities(self.plan)
 
     @abstractmethod
     def encode_images(self, pixel_values: NDArray[np.float32]) -> Array:

@@ -89,7 +89,7 @@ def build_decoder(bundle: Bundle, library: Library, options: SessionOptions, tar
     Raises:
         EngineError: the graph is not parsed as it is meant, or an attention does not become one kernel.
     """
-    capacities = [options.max_text_tokens + options.max_images * group.vision_tokens for group in bundle.plan.groups]
+    capacities = options.capacities(bundle.plan)
     path, io = bundle.graph_path("decoder_model_merged"), bundle.graph_io("decoder_model_merged")
     dialect = rewritten_decoder(bundle, capacities)
     profiles = [decoder_shapes(io, bundle.plan, phase, capacities) for phase in phases(bundle.plan, options)]
@@ -130,12 +130,11 @@ def _built(
     if plan is None:
         reason = next((line for line in reversed(log) if line.startswith("ERROR")), "no reason given")
         raise EngineError(f"{library.backend} {library.version} cannot build {path.name}: {reason}")
-    kernels = read_kernels(log)
-    require_fused(kernels, attentions, len(profiles))
+    fused = require_fused(read_kernels(log), attentions, len(profiles))
     return Built(
         plan=bytes(plan),
         layers={kind: layers.get(kind, 0) for kind in _PER_LAYER},
-        fused_attentions=len(attentions) * len(profiles),
+        fused_attentions=fused,
         seconds=time.monotonic() - started,
         peak_rss_bytes=psutil.Process().memory_info().rss,
         log=log,

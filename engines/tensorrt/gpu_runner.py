@@ -72,12 +72,12 @@ class GpuRunner(Runner):
         return sum(tensor.nbytes for tensor in self._cache.values())
 
     def _new_cache(self, engines: Engines) -> dict[str, Tensor]:
-        spec, plan, room = self._bundle.spec, self._bundle.plan, engines.room
+        spec, plan = self._bundle.spec, self._bundle.plan
+        capacities = engines.room.capacities(plan)
         cache: dict[str, Tensor] = {}
         for layer, group in enumerate(plan.group_of_layer):
-            capacity = room.max_text_tokens + room.max_images * plan.groups[group].vision_tokens
             for name in cache_names(layer):
-                shape = (1, spec.num_kv_heads, capacity, spec.head_dim)
+                shape = (1, spec.num_kv_heads, capacities[group], spec.head_dim)
                 cache[name] = torch.zeros(shape, dtype=self._dtype, device=self._device)
         return cache
 

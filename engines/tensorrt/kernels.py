@@ -44,8 +44,8 @@ def read_kernels(log: Iterable[str]) -> list[Kernel]:
     ]
 
 
-def require_fused(kernels: Sequence[Kernel], attentions: Sequence[str], num_profiles: int) -> None:
-    """Check that every attention is one fused kernel in every profile.
+def require_fused(kernels: Sequence[Kernel], attentions: Sequence[str], num_profiles: int) -> int:
+    """Check that every attention is one fused kernel in every profile, and return how many there are.
 
     Raises:
         EngineError: one is not.
@@ -68,3 +68,4 @@ def require_fused(kernels: Sequence[Kernel], attentions: Sequence[str], num_prof
             f"{len(wrong)} of {num_profiles * len(attentions)} attentions are not one fused kernel: "
             f"{', '.join(wrong[:3])}; see build.log"
         )
+    return found.total()

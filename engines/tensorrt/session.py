@@ -63,10 +63,9 @@ class TensorrtSession(Session):
         self._table_WD = _embedding_table(bundle)
 
     @property
-    def built_capacities(self) -> tuple[int, ...]:
-        """Tokens that the engines' cache of each layer group has room for."""
-        text, images = self._built.max_text_tokens, self._built.max_images
-        return tuple(text + images * group.vision_tokens for group in self.plan.groups)
+    def capacities(self) -> tuple[int, ...]:
+        """Tokens that the engines' cache of each layer group has room for, also where less was asked for."""
+        return self._built.capacities(self.plan)
 
     def encode_images(self, pixel_values: NDArray[np.float32]) -> Array:
         most = max(1, self._built.max_images)
@@ -100,7 +99,7 @@ class TensorrtSession(Session):
         """Refuse what the engine would drop without a word: tokens behind the end of its cache."""
         num_text = step.prefix_embeds.shape[1] + step.suffix_embeds.shape[1]
         has_image = step.image_features.shape[1] > 0
-        for group, capacity in zip(range(len(self.plan.groups)), self.built_capacities, strict=True):
+        for group, capacity in zip(range(len(self.plan.groups)), self.capacities, strict=True):
             past = int(step.past_lengths[group, 0])
             new = num_text + (self.plan.groups[group].vision_tokens if has_image else 0)
             if not 0 <= past <= past + new <= capacity:
