@@ -19,6 +19,7 @@ from torch.utils.data import DataLoader, Dataset, Subset
 
 from tokexport.errors import TokexportError, TrainingError, nearest
 from tokexport.training.memory import keep_freed_memory
+from tokexport.training.muon import Float32Muon
 from tokexport.training.state import TrainingState, load_state, save_state
 
 try:
@@ -180,12 +181,18 @@ def fit(
 
 def make_accelerator(accumulate: int = 1) -> "Accelerator":
     """Return the device and precision to train with: CUDA where there is one, bfloat16 where it is fast."""
-    has_cuda = torch.cuda.is_available()
-    is_fast = torch.cuda.is_bf16_supported() if has_cuda else torch.backends.cpu.get_cpu_capability() == "AVX512"
-    has_bf16 = is_fast and (has_cuda or torch.ops.mkldnn._is_mkldnn_bf16_supported())
     return Accelerator(
-        mixed_precision="bf16" if has_bf16 else "no", gradient_accumulation_steps=accumulate, cpu=not has_cuda
+        mixed_precision="bf16" if has_fast_bfloat16() else "no",
+        gradient_accumulation_steps=accumulate,
+        cpu=not torch.cuda.is_available(),
     )
+
+
+def has_fast_bfloat16() -> bool:
+    """Whether the device to train with computes bfloat16 at least as fast as float32."""
+    if torch.cuda.is_available():
+        return torch.cuda.is_bf16_supported()
+    return torch.backends.cpu.get_cpu_capability() == "AVX512" and torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
 def attention_for(device: torch.device) -> str:
@@ -268,13 +275,17 @@ def _optimizers(module: nn.Module, schedule: Schedule) -> list[torch.optim.Optim
         torch.optim.AdamW(groups, lr=schedule.learning_rate, betas=(0.9, 0.98), fused=True)
     ]
     if with_muon:
+        matrices = [p for name, p in named if name in with_muon]
+        # Updates as large as AdamW's, so that one learning rate suits both.
         optimizers.append(
             torch.optim.Muon(
-                [p for name, p in named if name in with_muon],
+                matrices,
                 lr=schedule.learning_rate,
                 weight_decay=schedule.weight_decay,
-                adjust_lr_fn="match_rms_adamw",  # so that one learning rate suits both
+                adjust_lr_fn="match_rms_adamw",
             )
+            if has_fast_bfloat16()
+            else Float32Muon(matrices, lr=schedule.learning_rate, weight_decay=schedule.weight_decay)
         )
     return optimizers
 
