@@ -37,14 +37,17 @@ def train() -> None:
 @click.option(
     "--share", default=1.0, show_default=True, type=click.FloatRange(0, 1, min_open=True), help="Of the steps."
 )
+@click.option("--from-stage", "first", metavar="STAGE", help="Begin with this stage, on the weights that ship.")
 @output_options
-def mini(out: Path, seed: int, share: float, as_json: bool, quiet: bool) -> None:
+def mini(out: Path, seed: int, share: float, first: str | None, as_json: bool, quiet: bool) -> None:
     """Train the mini model from nothing. Started again, it goes on where it was stopped."""
     from tokexport.training.mini import STAGES, shortened, train_mini
 
     terminal = Terminal(quiet=quiet)
     with terminal.working():
-        checkpoint = train_mini(out, stages=shortened(STAGES, share), seed=seed, listener=_listener(terminal))
+        checkpoint = train_mini(
+            out, stages=shortened(STAGES, share), seed=seed, first=first, listener=_listener(terminal)
+        )
     terminal.show(f"the checkpoint is in {checkpoint}")
     _report(as_json, checkpoint=str(checkpoint))
 
@@ -87,7 +90,13 @@ def _learning_options(*, steps: int, learning_rate: float | None, suits: str) ->
 @click.option("--seed", default=0, show_default=True, type=click.IntRange(min=0), help="Of the LoRA matrices.")
 @output_options
 def adsc(
-    curriculum: Any, rank: int, seed: int, gradient_checkpointing: bool, as_json: bool, quiet: bool, **options: Any
+    curriculum: Any,
+    rank: int,
+    seed: int,
+    gradient_checkpointing: bool,
+    as_json: bool,
+    quiet: bool,
+    **options: Any,
 ) -> None:
     """Tune a model to its ADSC bottlenecks with LoRA; the adapter goes into a recipe or --adapter."""
     from tokexport.training.adsc import Tuning, tune

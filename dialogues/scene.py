@@ -6,7 +6,7 @@ A scene is plain data. The same scene is always painted the same.
 import math
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache, cached_property
 from statistics import NormalDist
 from typing import Literal, TypeVar
@@ -20,8 +20,11 @@ from tokexport.dialogues.sprites import (
     DIGITS,
     FACES,
     LETTERS,
+    PLAIN,
     SHAPES,
+    STYLES,
     Mask,
+    Style,
     digit_mask,
     digit_samples,
     letter_mask,
@@ -91,6 +94,7 @@ class SceneObject:
     angle: int = 0
     # A letter's font face, a digit's place on the sheet.
     source: str | int = ""
+    style: Style = PLAIN
     left: int = 0
     top: int = 0
 
@@ -105,9 +109,9 @@ class SceneObject:
     def mask(self) -> Mask:
         """How much of every pixel within its bounds it covers."""
         if isinstance(self.source, int):
-            return digit_mask(self.source, self.pixels)
+            return digit_mask(self.source, self.pixels, self.style)
         if self.source:
-            return letter_mask(self.category, self.pixels, self.angle, self.source)
+            return letter_mask(self.category, self.pixels, self.angle, self.source, self.style)
         return shape_mask(self.category, self.pixels, self.angle)
 
     @property
@@ -192,16 +196,18 @@ def make_scene(
     min_objects: int = MIN_OBJECTS,
     max_objects: int = MAX_OBJECTS,
     is_for_questions: bool = True,
+    is_styled: bool = False,
 ) -> Scene:
     """Draw a scene, by default one whose objects can be told apart in words: see ``_can_be_told_apart``.
 
-    A split has its own font faces and digit samples. Crowded scenes for no questions stand in cells.
+    A split has its own font faces and digit samples, of which styles make many more. Crowded scenes for no questions
+    stand in cells.
     """
     assert max_objects <= MAX_OBJECTS or not is_for_questions, "so many objects cannot be told apart"
     background = _draw_background(rng)
     while True:
         num_objects = int(rng.integers(min_objects, max_objects + 1))
-        drawn = _draw_objects(rng, split, num_objects, palette(background.colour))
+        drawn = _draw_objects(rng, split, num_objects, palette(background.colour), STYLES if is_styled else (PLAIN,))
         if not is_for_questions or _can_be_told_apart(drawn):
             break
     is_free = num_objects <= MAX_OBJECTS and rng.random() < _FREE_SHARE
@@ -225,7 +231,7 @@ def _draw_background(rng: np.random.Generator) -> Background:
 
 
 def _draw_objects(
-    rng: np.random.Generator, split: Split, num_objects: int, colours: tuple[str, ...]
+    rng: np.random.Generator, split: Split, num_objects: int, colours: tuple[str, ...], styles: Sequence[Style]
 ) -> list[SceneObject]:
     # Few shapes and few colours a scene, so that some occur more than once and some never.
     num_shapes, num_colours = int(rng.integers(3, 6)), int(rng.integers(3, 6))
@@ -259,6 +265,7 @@ def _draw_objects(
                 # Even degrees, so that there are few enough masks to keep.
                 angle=2 * int(rng.integers(-most // 2, most // 2 + 1)),
                 source=source,
+                style=PLAIN if is_shape or len(styles) == 1 else pick(rng, styles),
             )
         )
     return drawn
@@ -276,20 +283,6 @@ def _can_be_told_apart(objects: Sequence[SceneObject]) -> bool:
     )
 
 
-def _at(item: SceneObject, left: int, top: int) -> SceneObject:
-    return SceneObject(
-        category=item.category,
-        colour=item.colour,
-        size=item.size,
-        rgb=item.rgb,
-        pixels=item.pixels,
-        angle=item.angle,
-        source=item.source,
-        left=left,
-        top=top,
-    )
-
-
 def _place_in_cells(rng: np.random.Generator, objects: Sequence[SceneObject]) -> list[SceneObject]:
     num_columns = SIDE // CELL
     placed: list[SceneObject] = []
@@ -298,7 +291,7 @@ def _place_in_cells(rng: np.random.Generator, objects: Sequence[SceneObject]) ->
         height, width = item.mask.shape
         left = _snapped(rng, column * CELL, CELL, width)
         top = _snapped(rng, row * CELL, CELL, height)
-        placed.append(_at(item, left, top))
+        placed.append(replace(item, left=left, top=top))
     return placed
 
 
@@ -311,7 +304,7 @@ def _place_freely(rng: np.random.Generator, objects: Sequence[SceneObject]) -> l
             top = _snapped(rng, _GAP, SIDE - 2 * _GAP, height)
             if not any(_is_near(other, left, top, left + width, top + height) for other in placed):
                 break
-        placed.append(_at(item, left, top))
+        placed.append(replace(item, left=left, top=top))
     return placed
 
 

@@ -1,10 +1,13 @@
 """Masks of what stands in a scene: drawn shapes, printed letters, handwritten digits.
 
 A mask is 8-bit, cut to its bounds; 255 is fully covered. Fonts and digit samples of the splits are disjoint.
+A style changes how a character looks within what people would still call the same, so that a few fonts and writers
+teach what all have in common.
 """
 
 import json
 import math
+from dataclasses import dataclass
 from functools import cache, lru_cache
 from importlib import resources
 from pathlib import Path
@@ -39,6 +42,29 @@ FACES: dict[Split, tuple[str, ...]] = {
     "test": ("DejaVuSans-Bold", "STIXGeneralBol"),
 }
 
+
+@dataclass(frozen=True, kw_only=True)
+class Style:
+    """How a character differs from its font's or its writer's.
+
+    Attributes:
+        stretch: of the width.
+        slant: -1 to 1, of the most that is natural: more for what is written by hand.
+        weight: 0 to 1, from the strokes as they are to heavy ones.
+    """
+
+    stretch: float = 1.0
+    slant: float = 0.0
+    weight: float = 0.0
+
+
+PLAIN = Style()
+_RNG = np.random.default_rng(0)
+# Few enough that masks come again.
+STYLES = tuple(
+    Style(stretch=_RNG.uniform(0.78, 1.1), slant=_RNG.uniform(-1, 1), weight=_RNG.uniform(0, 1)) for _ in range(48)
+)
+
 DIGIT_SIDE = 8
 SHEET_COLUMNS = 43
 
@@ -47,6 +73,8 @@ _TRAIN_SHARE, _VALIDATION_SHARE = 0.7, 0.15
 # Outlines by which letters are thickened, in supersampled pixels: hairlines would vanish in the noise.
 _LETTER_OUTLINE = 2
 _MAX_LETTER_ASPECT = 1.15
+# The most that a style does: strokes thicker by shares of the height, shear, and grey levels of a digit's ink.
+_LETTER_WEIGHT, _LETTER_SLANT, _DIGIT_SLANT, _DIGIT_INK = 0.07, 0.08, 0.25, 45
 
 
 def shape_mask(shape: str, pixels: int, angle: int) -> Mask:
@@ -101,18 +129,35 @@ def _outline(shape: str) -> Points:
             return [(math.sin(t) ** 3, -(y + 2.5) / 15) for t, y in zip(turns, curve, strict=True)]
 
 
-@cache
-def letter_mask(letter: str, pixels: int, angle: int, face: str) -> Mask:
+# Without styles there are few enough to keep; with them, those of a picture and its labels are.
+@lru_cache(maxsize=8192)
+def letter_mask(letter: str, pixels: int, angle: int, face: str, style: Style = PLAIN) -> Mask:
     """Return the mask of a letter about ``pixels`` high, turned by ``angle`` degrees; wide ones are less high."""
     left, top, right, bottom = _font(face, 100).getbbox(letter)
-    scale = min(pixels / (bottom - top), _MAX_LETTER_ASPECT * pixels / (right - left))
-    font = _font(face, round(100 * _SUPERSAMPLING * scale))
+    # Heavier strokes grow outwards too, and the letter is not to.
+    thicker = style.weight * _LETTER_WEIGHT * pixels
+    aspect = style.stretch * (right - left) / (bottom - top)
+    height = min(1.0, _MAX_LETTER_ASPECT / aspect) * pixels - thicker
+    font = _font(face, round(100 * _SUPERSAMPLING * height / (bottom - top)))
     side = _SUPERSAMPLING * (2 * pixels)
     image = Image.new("L", (side, side))
-    ImageDraw.Draw(image).text(
-        (side / 2, side / 2), letter, fill=255, font=font, anchor="mm", stroke_width=_LETTER_OUTLINE
-    )
+    outline = _LETTER_OUTLINE + round(_SUPERSAMPLING * thicker / 2)
+    ImageDraw.Draw(image).text((side / 2, side / 2), letter, fill=255, font=font, anchor="mm", stroke_width=outline)
+    image = _styled(image, style.stretch, _LETTER_SLANT * style.slant)
     return _cut(image.rotate(angle, Image.Resampling.BILINEAR))
+
+
+def _styled(image: Image.Image, stretch: float, shear: float) -> Image.Image:
+    """Return an image stretched and sheared sideways about its middle."""
+    if (stretch, shear) == (1, 0):
+        return image
+    middle = (image.width - 1) / 2
+    # Where each pixel comes from.
+    across, down = 1 / stretch, shear / stretch
+    shift = middle - across * middle - down * middle
+    return image.transform(
+        image.size, Image.Transform.AFFINE, (across, down, shift, 0, 1, 0), Image.Resampling.BILINEAR
+    )
 
 
 @cache
@@ -122,14 +167,15 @@ def _font(face: str, size: int) -> ImageFont.FreeTypeFont:
 
 # Not all of them fit into memory, and they are cheap; this many, so that labels find what the picture used.
 @lru_cache(maxsize=256)
-def digit_mask(sample: int, pixels: int) -> Mask:
+def digit_mask(sample: int, pixels: int, style: Style = PLAIN) -> Mask:
     """Return the mask of a handwritten digit, ``pixels`` high with its margins."""
     sheet, _ = _digits()
     row, column = divmod(sample, SHEET_COLUMNS)
     cell = sheet[row * DIGIT_SIDE : (row + 1) * DIGIT_SIDE, column * DIGIT_SIDE : (column + 1) * DIGIT_SIDE]
-    scaled = np.asarray(Image.fromarray(cell).resize((pixels, pixels), Image.Resampling.BICUBIC), np.float32)
+    image = Image.fromarray(cell).resize((pixels, pixels), Image.Resampling.BICUBIC)
+    scaled = np.asarray(_styled(image, style.stretch, _DIGIT_SLANT * style.slant), np.float32)
     # Strokes of one pixel in eight come out pale; the middle greys become full cover and the haze goes.
-    return _tight(((scaled - 55) * 1.65).clip(0, 255).astype(np.uint8))
+    return _tight(((scaled - 55 + _DIGIT_INK * style.weight) * 1.65).clip(0, 255).astype(np.uint8))
 
 
 @cache

@@ -6,6 +6,7 @@ language model to talk about the patches that matter, and at last about whole im
 B images, N vision tokens, C width of the tower
 """
 
+import copy
 import hashlib
 import shutil
 from collections.abc import Mapping, Sequence
@@ -24,10 +25,13 @@ from transformers import LlavaConfig, LlavaForConditionalGeneration, LlavaProces
 import tokexport.recipes
 from tokexport.dialogues.questions import KINDS
 from tokexport.dialogues.scene import BACKGROUNDS, CATEGORIES, COLOURS, SIZES, TEXTURES
-from tokexport.errors import TrainingError
+from tokexport.errors import TrainingError, nearest
+from tokexport.exporter.export import design
+from tokexport.recipes.load import load_recipe
 from tokexport.training.compressed import CompressedLlava
 from tokexport.training.conversation import ConversationEncoder
 from tokexport.training.curve import draw_curve
+from tokexport.training.frozen import load_llava
 from tokexport.training.loop import Listener, Schedule, attention_for, fit, make_accelerator
 from tokexport.training.mini_data import CELLS, PATCHES, Captions, Conversations, CrowdedScenes
 from tokexport.training.mini_start import start_locally, start_looking_up
@@ -51,6 +55,8 @@ _NAME_SHARPNESS = 0.11
 # Most patches show no object; without a weight the tower learns for long to say so.
 _EMPTY_WEIGHT = 0.2
 _COVER_STATE, _COVER_WEIGHT = 2, 5.0
+# Seeing a patch wrong costs some nats, naming it otherwise than before less than this.
+_ANCHOR = 2.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -120,6 +126,17 @@ STAGES = (
         name="count",
         trained=_READING,
         schedule=Schedule(num_steps=1300, batch_size=8, learning_rate=1e-3, optimizer="muon"),
+        kinds=(*KINDS, *("counting",) * 7, "reading", "comparison.same_colour"),
+    ),
+    Stage(
+        name="sharpen",
+        trained=(TOWER, PROJECTOR),
+        schedule=Schedule(num_steps=1200, batch_size=4, learning_rate=2e-4, optimizer="muon"),
+    ),
+    Stage(
+        name="settle",
+        trained=_READING,
+        schedule=Schedule(num_steps=200, batch_size=8, learning_rate=3e-4, optimizer="muon"),
         kinds=(*KINDS, *("counting",) * 7, "reading", "comparison.same_colour"),
     ),
 )
@@ -203,32 +220,74 @@ class PatchNamer(nn.Module):
 
     def forward(self, pixels: Tensor, **labels: Tensor) -> tuple[Tensor, Mapping[str, Tensor]]:
         """Return the cross entropy over the words of every kind, and which share of the patches was named right."""
-        llava: Any = self.llava
         with torch.no_grad():
-            states = llava.model.vision_tower(self.normalizer(pixels), output_hidden_states=True).hidden_states
-            table_WD = llava.get_input_embeddings().weight.float()
-        features_BNC = states[llava.config.vision_feature_layer][:, 1:]
-        projected_BND = llava.model.multi_modal_projector(features_BNC).float()
-        scale = projected_BND.pow(2).mean(-1, keepdim=True).add(1e-8).sqrt()
-        # Words and images are to enter the language model equally loud.
-        loss = (scale / table_WD.std() - 1).pow(2).mean()
-        figures: dict[str, Tensor] = {"scale": scale.mean() / table_WD.std()}
-        is_object_BN = labels["category"] > 0
-        for task in (*_PATCH_WORDS, "centre"):
-            chosen_BN = ~is_object_BN if task == "background" else is_object_BN
-            first = 0 if task in ("background", "centre") else 1  # where there is a label for no object
-            words_KD = table_WD[self.get_buffer(task)] / table_WD.std()
-            logits_XK = _NAME_SHARPNESS * (projected_BND / scale)[chosen_BN] @ words_KD.T
-            wanted_X = labels[task][chosen_BN] - first
-            loss = loss + functional.cross_entropy(logits_XK, wanted_X)
-            figures[task] = (logits_XK.argmax(-1) == wanted_X).float().mean()
+            features_BNC = self.features(pixels)
+        projected_BND, loss, scale = self.projected(features_BNC)
+        figures: dict[str, Tensor] = {"scale": scale}
+        words, named = self.words(projected_BND, labels)
+        loss, figures = loss + words, {**figures, **named}
         places = {"row": self.get_buffer("row_N"), "column": self.get_buffer("column_N")}
         for name, head in self.heads.items():
-            logits_YK = head(projected_BND / scale).float().flatten(0, 1)
+            logits_YK = head(projected_BND).float().flatten(0, 1)
             wanted_Y = places[name].repeat(len(pixels)) if name in places else labels[name].flatten()
             loss = loss + functional.cross_entropy(logits_YK, wanted_Y)
             figures[name] = (logits_YK.argmax(-1) == wanted_Y).float().mean()
         return loss, figures
+
+    def features(self, pixels: Tensor) -> Tensor:
+        """Return what the tower makes of images, (B, N, C)."""
+        llava = self.llava
+        states = llava.model.vision_tower(self.normalizer(pixels), output_hidden_states=True).hidden_states
+        return states[llava.config.vision_feature_layer][:, 1:]
+
+    def projected(self, features_BNC: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Return projections at one loudness (B, N, D), how far theirs is from that of words, and what it is."""
+        projected_BND = self.llava.model.multi_modal_projector(features_BNC).float()
+        scale = projected_BND.pow(2).mean(-1, keepdim=True).add(1e-8).sqrt()
+        # Words and images are to enter the language model equally loud.
+        share = scale / self._table.std()
+        return projected_BND / scale, (share - 1).pow(2).mean(), share.mean().detach()
+
+    def words(self, projected_BND: Tensor, labels: Mapping[str, Tensor]) -> tuple[Tensor, Mapping[str, Tensor]]:
+        """Return the cross entropy over the words of every kind, and which share of the patches was named right."""
+        loss, figures = projected_BND.new_zeros(()), dict[str, Tensor]()
+        is_object_BN = labels["category"] > 0
+        for task in (*_PATCH_WORDS, "centre"):
+            chosen_BN = ~is_object_BN if task == "background" else is_object_BN
+            first = 0 if task in ("background", "centre") else 1  # where there is a label for no object
+            words_KD = self._table[self.get_buffer(task)] / self._table.std()
+            logits_XK = _NAME_SHARPNESS * projected_BND[chosen_BN] @ words_KD.T
+            wanted_X = labels[task][chosen_BN] - first
+            loss = loss + functional.cross_entropy(logits_XK, wanted_X)
+            figures[task] = (logits_XK.argmax(-1) == wanted_X).float().mean()
+        return loss, figures
+
+    @property
+    def _table(self) -> Tensor:
+        embeddings: Any = self.llava.get_input_embeddings()
+        return embeddings.weight.detach().float()
+
+
+class PatchSharpener(nn.Module):
+    """Mends what tower and projector see wrong, and leaves the rest as it is.
+
+    The language model then reads on without learning anew. What it was used to is kept by staying near the projections
+    from before, as in arXiv 1606.09282.
+    """
+
+    def __init__(self, namer: PatchNamer) -> None:
+        super().__init__()
+        self.namer = namer
+        self.before = copy.deepcopy(namer).requires_grad_(False)
+
+    def forward(self, pixels: Tensor, **labels: Tensor) -> tuple[Tensor, Mapping[str, Tensor]]:
+        """Return the cross entropy over the words of every kind plus how far projections have moved."""
+        with torch.no_grad():
+            expected_BND, _, _ = self.before.projected(self.before.features(pixels))
+        projected_BND, loss, scale = self.namer.projected(self.namer.features(pixels))
+        words, figures = self.namer.words(projected_BND, labels)
+        moved = (projected_BND - expected_BND).pow(2).mean()
+        return loss + words + _ANCHOR * moved, {"scale": scale, "moved": moved.detach(), **figures}
 
 
 class Talker(nn.Module):
@@ -246,9 +305,21 @@ class Talker(nn.Module):
 
 
 def train_mini(
-    folder: Path, *, stages: Sequence[Stage] = STAGES, seed: int = 0, listener: Listener | None = None
+    folder: Path,
+    *,
+    stages: Sequence[Stage] = STAGES,
+    seed: int = 0,
+    first: str | None = None,
+    listener: Listener | None = None,
 ) -> Path:
     """Train the bundled mini model from nothing, going on where an earlier run in ``folder`` stopped.
+
+    Args:
+        folder: where checkpoints, logs and the result go.
+        stages: what is trained, one after the other.
+        seed: of weights and data.
+        first: name of the stage to begin with, on the weights that ship; by default all stages, from nothing.
+        listener: told how it goes.
 
     Returns:
         A checkpoint directory like the bundled one, with weights in float16.
@@ -259,15 +330,19 @@ def train_mini(
     listener = listener or Listener()
     source = bundled_mini()
     torch.manual_seed(seed)
-    llava = LlavaForConditionalGeneration(LlavaConfig.from_pretrained(source))
+    skipped = 0 if first is None else _place_of(first, stages)
+    if first is None:
+        llava = LlavaForConditionalGeneration(LlavaConfig.from_pretrained(source))
+        start_locally(llava)
+        start_looking_up(llava)
+    else:
+        llava = load_llava(design(load_recipe("mini_full")).model)
     llava.set_attn_implementation(attention_for(make_accelerator().device))
-    start_locally(llava)
-    start_looking_up(llava)
     processor = LlavaProcessor.from_pretrained(source)
     normalizer = PixelNormalizer(processor)
     description = hashlib.sha256((source / "config.json").read_bytes() + (source / "tokenizer.json").read_bytes())
     description = description.hexdigest()[:12]
-    for number, stage in enumerate(stages):
+    for number, stage in enumerate(stages[skipped:], start=skipped):
         objective, examples = _task(stage, llava, processor, normalizer, seed + number)
         require_grad(llava, stage.trained)
         fit(
@@ -287,8 +362,15 @@ def train_mini(
             compiled=compiled_parts(llava),
             listener=listener,
         )
-    draw_curve(folder, [stage.name for stage in stages])
+    draw_curve(folder, [stage.name for stage in stages[skipped:]])
     return write_checkpoint(llava, folder / "checkpoint")
+
+
+def _place_of(name: str, stages: Sequence[Stage]) -> int:
+    names = [stage.name for stage in stages]
+    if name not in names:
+        raise TrainingError(f"there is no stage {name!r}{nearest(name, names)}; stages are {', '.join(names)}")
+    return names.index(name)
 
 
 def bundled_mini() -> Path:
@@ -342,6 +424,9 @@ def _task(
         return PatchReader(llava, normalizer), CrowdedScenes(seed, num)
     if stage.trained == (PROJECTOR,):
         return PatchNamer(llava, normalizer, processor.tokenizer), CrowdedScenes(seed, num)
+    if stage.trained == (TOWER, PROJECTOR):
+        namer = PatchNamer(llava, normalizer, processor.tokenizer)
+        return PatchSharpener(namer), CrowdedScenes(seed, num, is_styled=True)
     encoder = ConversationEncoder(processor, stage.image_tokens)
     room: Mapping[str, Any] = {
         "pad_id": processor.tokenizer.pad_token_id,

@@ -28,10 +28,11 @@ class CrowdedScenes(Dataset[dict[str, Tensor]]):
     Args:
         seed: of the scenes, which no dialogue shares.
         num: of scenes.
+        is_styled: whether letters and digits come in many styles.
     """
 
-    def __init__(self, seed: int, num: int, split: Split = "train") -> None:
-        self._seed, self._num = seed, num
+    def __init__(self, seed: int, num: int, split: Split = "train", *, is_styled: bool = False) -> None:
+        self._seed, self._num, self._is_styled = seed, num, is_styled
         self._split: Split = split
 
     def __len__(self) -> int:
@@ -39,7 +40,9 @@ class CrowdedScenes(Dataset[dict[str, Tensor]]):
 
     def __getitem__(self, index: int) -> dict[str, Tensor]:
         rng = np.random.default_rng([self._seed, 1000 + len(self._split), index])
-        scene = make_scene(rng, self._split, min_objects=8, max_objects=36, is_for_questions=False)
+        scene = make_scene(
+            rng, self._split, min_objects=8, max_objects=36, is_for_questions=False, is_styled=self._is_styled
+        )
         labels = patch_labels(scene)
         return {
             "pixels": _pixels(render(scene)),

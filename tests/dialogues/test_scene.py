@@ -28,7 +28,19 @@ from tokexport.dialogues.scene import (
     render,
 )
 from tokexport.dialogues.schema import Split
-from tokexport.dialogues.sprites import DIGITS, FACES, LETTERS, SHAPES, digit_samples, letter_mask, shape_mask
+from tokexport.dialogues.sprites import (
+    DIGITS,
+    FACES,
+    LETTERS,
+    PLAIN,
+    SHAPES,
+    STYLES,
+    Style,
+    digit_mask,
+    digit_samples,
+    letter_mask,
+    shape_mask,
+)
 
 SPLITS: tuple[Split, ...] = get_args(Split)
 EVEN = Background(
@@ -124,7 +136,29 @@ def test_every_mask_fits_into_a_cell():
     shapes = [shape_mask(shape, 36, angle) for shape in SHAPES for angle in (-12, 0, 12)]
     faces = [face for split in SPLITS for face in FACES[split]]
     letters = [letter_mask(letter, 36, angle, face) for letter in LETTERS for face in faces for angle in (-4, 4)]
+    letters += [letter_mask(letter, 36, 4, FACES["train"][0], style) for letter in LETTERS for style in STYLES]
     assert max(max(mask.shape) for mask in [*shapes, *letters]) <= CELL
+
+
+def test_a_style_changes_how_a_character_looks_and_not_how_high_it_is():
+    heavy = Style(weight=1)
+    plain, bold = letter_mask("H", 32, 0, "DejaVuSans"), letter_mask("H", 32, 0, "DejaVuSans", heavy)
+    assert bold.sum() / bold.size > 1.2 * plain.sum() / plain.size
+    assert abs(bold.shape[0] - plain.shape[0]) <= 1
+    narrow = letter_mask("H", 32, 0, "DejaVuSans", Style(stretch=0.8))
+    assert narrow.shape[1] == pytest.approx(0.8 * plain.shape[1], abs=1.5)
+    (sample, *_) = digit_samples("train", "7")
+    assert digit_mask(sample, 32, heavy).sum() > 1.2 * digit_mask(sample, 32).sum()
+
+
+def test_only_styled_scenes_have_styles():
+    def styles(*, is_styled: bool) -> set[Style]:
+        rng = np.random.default_rng(0)
+        scene = make_scene(rng, "train", min_objects=36, max_objects=36, is_for_questions=False, is_styled=is_styled)
+        return {item.style for item in scene.objects}
+
+    assert styles(is_styled=False) == {PLAIN}
+    assert len(styles(is_styled=True)) > 5
 
 
 @pytest.mark.parametrize("face", [face for split in SPLITS for face in FACES[split]])

@@ -24,6 +24,7 @@ from tokexport.training.mini import (
     STAGES,
     TOWER,
     PatchNamer,
+    PatchSharpener,
     PixelNormalizer,
     Stage,
     require_grad,
@@ -78,9 +79,9 @@ def test_the_checkpoint_is_one_that_an_export_reads(trained: Path):
 def test_the_checkpoint_holds_the_weights_of_the_last_stage(trained: Path):
     weights = open_weights(describe_model(ModelTable(family="llava15", checkpoint=str(trained / "checkpoint"))))
     folder = trained / STAGES[-1].name
-    last = load_file(folder / STATE_FILE)
+    last = {name.partition("llava.")[2]: tensor for name, tensor in load_file(folder / STATE_FILE).items()}
     for name in learned(folder):
-        assert torch.equal(weights.load(name), last[f"model.llava.{name}"].half()), name
+        assert torch.equal(weights.load(name), last[name].half()), name
 
 
 def test_all_but_the_weights_is_as_in_the_bundled_model(trained: Path):
@@ -178,3 +179,33 @@ def test_the_middle_of_an_object_is_named_by_words_that_no_text_has(
     monkeypatch.setattr(fresh.model.multi_modal_projector, "forward", lambda _features: table.weight[ids][said])
     _, figures = namer(**example)
     assert figures["centre"] == (1 if is_right else 0)
+
+
+def test_sharpening_starts_where_nothing_has_moved(own_processor: Any, fresh: LlavaForConditionalGeneration):
+    sharpener = PatchSharpener(PatchNamer(fresh, PixelNormalizer(own_processor), own_processor.tokenizer))
+    example = {name: value[None] for name, value in CrowdedScenes(0, 1, is_styled=True)[0].items()}
+    require_grad(fresh, (TOWER, PROJECTOR))
+    with torch.no_grad():
+        start, figures = sharpener(**example)
+        assert figures["moved"] == 0
+        fresh.model.multi_modal_projector.linear_2.weight.add_(0.05)
+        end, figures = sharpener(**example)
+        fresh.model.multi_modal_projector.linear_2.weight.sub_(0.05)
+    assert figures["moved"] > 0
+    assert start != end
+    assert not any(parameter.requires_grad for parameter in sharpener.before.parameters())
+
+
+def test_a_training_begins_with_a_stage_on_the_weights_that_ship(tmp_path: Path):
+    with torch.compiler.set_stance("force_eager"):
+        checkpoint = train_mini(tmp_path, stages=SHORT, first=SHORT[-1].name)
+    assert {path.name for path in tmp_path.iterdir()} == {SHORT[-1].name, "checkpoint", "curve.svg"}
+    made, shipped = load_file(checkpoint / "model.safetensors"), load_file(MINI / "model.safetensors")
+    changed = {name for name, tensor in made.items() if not torch.equal(tensor, shipped[name])}
+    assert changed
+    assert all("language_model" not in name for name in changed)
+
+
+def test_a_training_that_begins_with_an_unknown_stage_is_refused(tmp_path: Path):
+    with pytest.raises(TrainingError, match=r"^there is no stage 'sharpn'; did you mean 'sharpen'\?; stages are see, "):
+        train_mini(tmp_path, first="sharpn")
