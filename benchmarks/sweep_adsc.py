@@ -21,13 +21,15 @@ from tokexport.training.loop import Schedule
 from tokexport.training.tuning_data import made_material
 
 HALVINGS = ((2, 288), (3, 144), (6, 72))
+# Attention is causal: only the last token of a cell has seen the others.
+_END = "phase = 0.99"
 
 
 @dataclass(frozen=True)
 class Variant:
     """One form of ADSC, with options in TOML, and of its tuning."""
 
-    options: str = 'pattern = "grid"'
+    options: str = f'pattern = "grid", {_END}'
     drops: tuple[tuple[int, int], ...] = HALVINGS
     curriculum: Curriculum = "mild-first"
 
@@ -40,20 +42,23 @@ class Variant:
 
 VARIANTS: Mapping[str, Variant] = {
     "stride": Variant('pattern = "stride"'),
-    "stride, middle of the cell": Variant('pattern = "stride", phase = 0.5'),
-    "grid": Variant(),
+    "stride, end of the cell": Variant(f'pattern = "stride", {_END}'),
+    "grid": Variant('pattern = "grid"'),
     "grid, middle of the cell": Variant('pattern = "grid", phase = 0.5'),
-    "grid, renumbered": Variant('pattern = "grid", positions = "renumber"'),
-    "grid, earlier and milder": Variant(drops=((1, 288), (3, 180), (6, 80))),
-    "grid, later and stronger": Variant(drops=((3, 144), (5, 64))),
-    "grid, strong first": Variant(curriculum="strong-first"),
-    "grid, no curriculum": Variant(curriculum="none"),
+    "grid, end of the cell": Variant(),
+    "the same, renumbered": Variant(f'pattern = "grid", {_END}, positions = "renumber"'),
+    "the same, earlier and milder": Variant(drops=((1, 288), (3, 180), (6, 80))),
+    "the same, later and stronger": Variant(drops=((3, 144), (5, 64))),
+    "the same, strong first": Variant(curriculum="strong-first"),
+    "the same, no curriculum": Variant(curriculum="none"),
+    "64 tokens, a third at once": Variant(drops=((0, 192), (1, 96), (2, 64), (3, 48), (4, 32), (6, 24))),
+    "64 tokens, half at once": Variant(drops=((0, 288), (1, 72), (2, 48), (3, 32), (4, 24), (6, 12))),
 }
 
 
 @click.command()
-@click.option("--steps", default=200, show_default=True, help="Of tuning.")
-@click.option("--dialogues", default=500, show_default=True, help="Of the validation split.")
+@click.option("--steps", default=60, show_default=True, help="Of tuning.")
+@click.option("--dialogues", default=300, show_default=True, help="Of the validation split.")
 @click.option("--only", multiple=True, type=click.Choice([*VARIANTS]), help="Variants; by default all.")
 @click.option("--threads", type=int, help="For the questions, by default one per core.")
 @click.option("--out", type=click.Path(path_type=Path), default=Path("out/sweep_adsc"), show_default=True)

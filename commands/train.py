@@ -88,11 +88,13 @@ def _learning_options(*, steps: int, learning_rate: float | None, suits: str) ->
 )
 @click.option("--rank", default=16, show_default=True, type=click.IntRange(min=1), help="Of the LoRA matrices.")
 @click.option("--seed", default=0, show_default=True, type=click.IntRange(min=0), help="Of the LoRA matrices.")
+@click.option("--start", metavar="ADAPTER", help="Go on from an adapter, such as that of a milder recipe.")
 @output_options
 def adsc(
     curriculum: Any,
     rank: int,
     seed: int,
+    start: str | None,
     gradient_checkpointing: bool,
     as_json: bool,
     quiet: bool,
@@ -108,6 +110,7 @@ def adsc(
         rank=rank,
         gradient_checkpointing=gradient_checkpointing,
         seed=seed,
+        start=start,
     )
     terminal = Terminal(quiet=quiet)
     made, material, out = _task(options)

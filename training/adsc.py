@@ -13,9 +13,11 @@ from typing import Any, Literal
 
 import torch
 from safetensors import SafetensorError
+from safetensors.torch import load_file
 
 from tokexport.errors import RecipeError, TrainingError
-from tokexport.exporter.checkpoint import fingerprint
+from tokexport.exporter.bundled import local_directory
+from tokexport.exporter.checkpoint import Model, fingerprint, open_weights
 from tokexport.exporter.export import Design
 from tokexport.exporter.method import arriving_plans
 from tokexport.exporter.methods.adsc import Adsc
@@ -26,7 +28,13 @@ from tokexport.training.loop import Listener, Schedule, attention_for, fit, make
 from tokexport.training.tuning_data import Material
 
 try:
-    from peft import LoraConfig, get_peft_model
+    from peft import (
+        LoraConfig,
+        PeftConfig,
+        get_peft_model,
+        get_peft_model_state_dict,
+        set_peft_model_state_dict,
+    )
 except ImportError as error:
     raise TrainingError("tuning needs the package peft; install it with: pip install 'tokexport[train]'") from error
 
@@ -40,6 +48,7 @@ _SHARES: Mapping[Curriculum, tuple[float, ...]] = {
 }
 # The share of the steps that is trained at the recipe's keeps; the rest is split evenly over what comes before.
 _LAST_SHARE = 0.5
+ADAPTER_FILE = "adapter_model.safetensors"
 _LINEAR_LAYERS = r".*language_model\.layers\.\d+\.(self_attn|mlp)\.(q|k|v|o|gate|up|down)_proj"
 
 
@@ -53,6 +62,7 @@ class Tuning:
         rank: of the LoRA matrices; alpha is twice that.
         gradient_checkpointing: compute activations twice to save memory.
         seed: of the LoRA matrices.
+        start: directory or name of an adapter of the same rank to go on from, such as that of a milder recipe.
     """
 
     schedule: Schedule
@@ -60,6 +70,7 @@ class Tuning:
     rank: int = 16
     gradient_checkpointing: bool = False
     seed: int = 0
+    start: str | None = None
 
     def __post_init__(self) -> None:
         if self.rank < 1:
@@ -81,6 +92,7 @@ def tune(made: Design, material: Material, tuning: Tuning, folder: Path, *, list
 
     Raises:
         RecipeError: the recipe does not use ADSC alone.
+        CheckpointError: the adapter to start from does not fit.
         TrainingError: see ``fit``.
     """
     stages = curriculum(made, tuning.curriculum)
@@ -92,6 +104,8 @@ def tune(made: Design, material: Material, tuning: Tuning, folder: Path, *, list
         # PEFT asks transformers in an older way.
         warnings.simplefilter("ignore", FutureWarning)
         tuned: Any = get_peft_model(llava, config)
+    if tuning.start is not None:
+        _take_over(tuned, made, tuning.start)
     model = CompressedLlava(tuned.base_model.model, stages[0])
     if tuning.gradient_checkpointing:
         llava.activation_checkpointing_enable()
@@ -111,6 +125,7 @@ def tune(made: Design, material: Material, tuning: Tuning, folder: Path, *, list
             "curriculum": tuning.curriculum,
             "rank": tuning.rank,
             "seed": tuning.seed,
+            "start": tuning.start and fingerprint(_with_adapter(made, tuning.start))[:12],
             "model": fingerprint(without_adapter(made.model))[:12],
             "data": material.name,
             "bottlenecks": {layer: list(thinning.index) for layer, thinning in stages[-1].items()},
@@ -126,11 +141,34 @@ def tune(made: Design, material: Material, tuning: Tuning, folder: Path, *, list
     return folder / "adapter"
 
 
+def _take_over(tuned: Any, made: Design, start: str) -> None:
+    """Fill LoRA matrices with those of an adapter, which must have the same."""
+    open_weights(_with_adapter(made, start))  # names what does not fit
+    directory = local_directory(start)
+    assert directory is not None, "weights with the adapter were opened"
+    config, own = PeftConfig.from_pretrained(str(directory)), tuned.peft_config["default"]
+    stored = load_file(directory / ADAPTER_FILE)
+    found, expected = (config.r, config.lora_alpha), (own.r, own.lora_alpha)
+    if found != expected or stored.keys() != get_peft_model_state_dict(tuned, save_embedding_layers=False).keys():
+        raise TrainingError(
+            f"the adapter {start} has rank and alpha {found} on {len(stored) // 2} matrices, expected {expected} on "
+            "all of the language model's; start from one made by this command with the same --rank, or leave --start "
+            "out"
+        )
+    set_peft_model_state_dict(tuned, stored)
+
+
+def _with_adapter(made: Design, adapter: str) -> Model:
+    return replace(made.model, table=replace(made.model.table, adapter=adapter))
+
+
 def _store(tuned: Any, folder: Path, checkpoint: str) -> None:
     tuned.peft_config["default"].base_model_name_or_path = checkpoint
     try:
+        # As fine as the weights that they are merged into.
+        weights = {name: tensor.half() for name, tensor in tuned.state_dict().items() if ".lora_" in name}
         # Embeddings were not tuned; to find that out, PEFT would ask the hub for the base model.
-        tuned.save_pretrained(folder, save_embedding_layers=False)
+        tuned.save_pretrained(folder, save_embedding_layers=False, state_dict=weights)
         # A card to fill in, about nothing.
         (folder / "README.md").unlink(missing_ok=True)
     except (OSError, SafetensorError) as error:

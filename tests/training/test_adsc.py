@@ -310,3 +310,31 @@ def test_made_scenes_are_for_images_of_their_size(made: Design):
     assert str(caught.value) == (
         "made scenes have 336 x 336 pixels, and the model takes 56; give conversations with --data"
     )
+
+
+def test_a_tuning_goes_on_from_an_adapter(made: Design, material: Material, tuned: Path, tmp_path: Path):
+    """Steps so small that nothing moves leave the adapter as it was."""
+    tune(made, material, tuning(num_steps=1, learning_rate=1e-30, start=str(tuned / "adapter")), tmp_path)
+    expected, found = adapter_of(tuned), adapter_of(tmp_path)
+    assert expected.keys() == found.keys()
+    assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
+
+
+def test_a_tuning_does_not_go_on_where_another_adapter_was_its_start(
+    made: Design, material: Material, tuned: Path, tmp_path: Path
+):
+    tune(made, material, tuning(num_steps=1, start=str(tuned / "adapter")), tmp_path)
+    with pytest.raises(TrainingError, match=r"belongs to another run \(start was '[0-9a-f]{12}', is None\)"):
+        tune(made, material, tuning(num_steps=1), tmp_path)
+
+
+def test_an_adapter_of_another_rank_is_no_start(made: Design, material: Material, tuned: Path, tmp_path: Path):
+    with pytest.raises(
+        TrainingError, match=r"has rank and alpha \(4, 8\) on \d+ matrices, expected \(8, 16\) on all of"
+    ):
+        tune(made, material, tuning(rank=8, start=str(tuned / "adapter")), tmp_path)
+
+
+def test_an_adapter_that_is_not_there_is_no_start(made: Design, material: Material, tmp_path: Path):
+    with pytest.raises(CheckpointError, match=r"^there is no adapter directory nowhere"):
+        tune(made, material, tuning(start="nowhere"), tmp_path)
