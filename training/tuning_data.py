@@ -12,6 +12,7 @@ from torch.utils.data import Dataset
 from transformers import LlavaProcessor
 
 from tokexport.dialogues.scene import SIDE
+from tokexport.dialogues.schema import Split
 from tokexport.errors import CheckpointError, InputError
 from tokexport.exporter.export import Design
 from tokexport.training.conversation import ConversationEncoder
@@ -52,8 +53,8 @@ def llava_material(made: Design, data: Path, images: Path, *, num: int) -> Mater
     return Material(name=name, examples=examples, objective_of=Reader, collate=padding)
 
 
-def made_material(made: Design, *, num: int, text_tokens: int = 256) -> Material:
-    """Return conversations about made scenes.
+def made_material(made: Design, *, num: int, text_tokens: int = 256, split: Split = "train") -> Material:
+    """Return conversations about made scenes of a split.
 
     Raises:
         InputError: the model takes images of another size.
@@ -73,6 +74,7 @@ def made_material(made: Design, *, num: int, text_tokens: int = 256) -> Material
         num_image_tokens=num_image_tokens,
         num=num,
         seed=_SEED,
+        split=split,
     )
     return Material(
         name="made scenes", examples=examples, objective_of=lambda model: Talker(model, PixelNormalizer(processor))
