@@ -133,12 +133,6 @@ STAGES = (
         trained=(TOWER, PROJECTOR),
         schedule=Schedule(num_steps=1200, batch_size=4, learning_rate=2e-4, optimizer="muon"),
     ),
-    Stage(
-        name="settle",
-        trained=_READING,
-        schedule=Schedule(num_steps=200, batch_size=8, learning_rate=3e-4, optimizer="muon"),
-        kinds=(*KINDS, *("counting",) * 7, "reading", "comparison.same_colour"),
-    ),
 )
 
 
