@@ -57,7 +57,7 @@ class TransformersSession(Session):
         output = self._inner.language_model(
             inputs_embeds=embeds_BTD,
             position_ids=torch.from_numpy(step.position_ids),
-            past_key_values=self._cache,
+            cache=self._cache,
             use_cache=True,
         )
         hidden_BQD = output.last_hidden_state.index_select(1, torch.from_numpy(step.logits_to_keep))
