@@ -26,6 +26,31 @@ from tokexport.training.tuning_data import made_material
 HALVINGS = ((2, 288), (3, 144), (6, 72))
 # Attention is causal: only the last token of a cell has seen the others.
 _END = "phase = 0.99"
+# Of nearly as many vision tokens a layer, early and mild or late and strong.
+_SCHEDULES = {
+    252: (
+        ((1, 288), (3, 180), (6, 80)),
+        ((2, 288), (4, 96), (6, 48)),
+        ((3, 64), (5, 48)),
+        ((3, 121), (5, 49)),
+        ((3, 81), (5, 36)),
+        ((0, 480), (4, 24)),
+    ),
+    192: (
+        ((1, 288), (2, 192), (3, 144), (4, 96), (6, 72)),
+        ((1, 384), (3, 36)),
+        ((0, 432), (3, 48)),
+        ((0, 360), (4, 24)),
+    ),
+    128: (((0, 288), (1, 192), (2, 144), (4, 96), (5, 64), (6, 48)), ((0, 288), (3, 32)), ((0, 240), (4, 16))),
+    64: (
+        ((0, 192), (1, 96), (2, 64), (3, 48), (4, 32), (6, 24)),
+        ((0, 288), (1, 72), (2, 48), (3, 32), (4, 24), (6, 12)),
+        ((0, 144), (3, 16)),
+        ((0, 160), (3, 6)),
+        ((0, 120), (4, 8)),
+    ),
+}
 
 
 @dataclass(frozen=True)
@@ -50,19 +75,20 @@ VARIANTS: Mapping[str, Variant] = {
     "grid, middle of the cell": Variant('pattern = "grid", phase = 0.5'),
     "grid, end of the cell": Variant(),
     "the same, renumbered": Variant(f'pattern = "grid", {_END}, positions = "renumber"'),
-    "the same, earlier and milder": Variant(drops=((1, 288), (3, 180), (6, 80))),
-    "the same, later and stronger": Variant(drops=((3, 144), (5, 64))),
     "the same, strong first": Variant(curriculum="strong-first"),
     "the same, no curriculum": Variant(curriculum="none"),
-    "64 tokens, a third at once": Variant(drops=((0, 192), (1, 96), (2, 64), (3, 48), (4, 32), (6, 24))),
-    "64 tokens, half at once": Variant(drops=((0, 288), (1, 72), (2, 48), (3, 32), (4, 24), (6, 12))),
+    **{
+        f"{budget} tokens: {', '.join(f'{keep} from {layer}' for layer, keep in drops)}": Variant(drops=drops)
+        for budget, schedules in _SCHEDULES.items()
+        for drops in schedules
+    },
 }
 
 
 @click.command()
-@click.option("--steps", default=40, show_default=True, help="Of tuning.")
+@click.option("--steps", default=40, show_default=True, help="Of tuning; 0 leaves it out.")
 @click.option("--conversations", default=128, show_default=True, help="Of the validation split.")
-@click.option("--only", multiple=True, type=click.Choice([*VARIANTS]), help="Variants; by default all.")
+@click.option("--only", multiple=True, metavar="WORDS", help="Variants whose names hold the words.")
 @click.option("--threads", type=int, help="By default one per core.")
 @click.option("--out", type=click.Path(path_type=Path), default=Path("out/sweep_adsc"), show_default=True)
 def main(steps: int, conversations: int, only: tuple[str, ...], threads: int | None, out: Path) -> None:
@@ -70,12 +96,13 @@ def main(steps: int, conversations: int, only: tuple[str, ...], threads: int | N
     if threads is not None:
         torch.set_num_threads(threads)
     click.echo("| variant | tokens per layer | untuned | tuned |\n|---|---:|---:|---:|")
+    click.echo(f"| nothing dropped | 576 | {_right(load_recipe('mini_full'), conversations)} | – |")
     for number, (name, variant) in enumerate(VARIANTS.items()):
-        if only and name not in only:
+        if only and not any(words in name for words in only):
             continue
         recipe = variant.recipe(f"variant_{number}")
         untuned = _right(recipe, conversations)
-        tuned = _right(_tuned(recipe, variant, out / f"{number}_{steps}", steps), conversations)
+        tuned = _right(_tuned(recipe, variant, out / f"{number}_{steps}", steps), conversations) if steps else "–"
         click.echo(f"| {name} | {design(recipe).plan.mean_vision_tokens:g} | {untuned} | {tuned} |")
 
 
@@ -93,7 +120,8 @@ def _right(recipe: Recipe, num: int) -> str:
     llava = load_llava(made.model).eval()
     llava.set_attn_implementation(attention_for(llava.device))
     material = made_material(made, num=num, split="validation")
-    objective = material.objective_of(CompressedLlava(llava, curriculum(made, "none")[-1]))
+    thinnings = curriculum(made, "none")[-1] if made.methods else {}
+    objective = material.objective_of(CompressedLlava(llava, thinnings))
     batches = DataLoader(Subset(material.examples, range(num)), batch_size=batch_size, collate_fn=material.collate)
     with torch.inference_mode():
         shares = [100 * objective(**batch)[1]["right"].item() for batch in batches]

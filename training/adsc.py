@@ -146,7 +146,8 @@ def _take_over(tuned: Any, made: Design, start: str) -> None:
     open_weights(_with_adapter(made, start))  # names what does not fit
     directory = local_directory(start)
     assert directory is not None, "weights with the adapter were opened"
-    config, own = PeftConfig.from_pretrained(str(directory)), tuned.peft_config["default"]
+    config: Any = PeftConfig.from_pretrained(str(directory))
+    own = tuned.peft_config["default"]
     stored = load_file(directory / ADAPTER_FILE)
     found, expected = (config.r, config.lora_alpha), (own.r, own.lora_alpha)
     if found != expected or stored.keys() != get_peft_model_state_dict(tuned, save_embedding_layers=False).keys():
