@@ -49,7 +49,7 @@ def test_the_plan_as_json_is_the_only_thing_on_stdout(run: Run):
 def test_the_plan_for_people_leaves_stdout_empty(run: Run):
     outcome = run("plan", "--recipe", "mini_adsc")
     assert (outcome.code, outcome.out) == (0, "")
-    assert "576 -> 250 tokens (43.4 %)" in outcome.err
+    assert "576 -> 264.625 tokens (45.9 %)" in outcome.err
 
 
 def test_the_plan_of_a_smaller_image_compares_with_the_whole_one(run: Run):
@@ -117,7 +117,7 @@ def test_doctor_says_which_engines_run_here(run: Run):
         (["--set", "compress.7.phase=0.5"], "--set compress.7.phase: '7' is no index of a list with 1 entries"),
         (
             ["--set", "compress.0.drops.0.keep=600"],
-            "[[compress]] adsc drop before layer 2: keep = 600 is more than",
+            "[[compress]] adsc drop before layer 3: keep = 600 is more than",
         ),
         (["--set", "phase"], "--set phase must look like key=value, e.g. export.dtype=float16"),
         (["--set", "model.family=llava51"], "there is no family 'llava51'; did you mean 'llava15'?"),

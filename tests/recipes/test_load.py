@@ -45,7 +45,8 @@ def test_a_shipped_description_tells_the_tokens_that_the_plan_has(name: str):
     said = re.search(r"([\d.]+) of (\d+) vision tokens per layer", load_recipe(name).description)
     _, report = planned(load_recipe(name))
     assert said is not None
-    assert (float(said[1]), int(said[2])) == (report["mean_vision_tokens"], report["vision_tokens"]["emitted"])
+    assert float(said[1]) == pytest.approx(report["mean_vision_tokens"], abs=0.5)
+    assert int(said[2]) == report["vision_tokens"]["emitted"]
 
 
 def test_the_default_recipe_ships():
@@ -124,7 +125,7 @@ def test_a_setting_changes_one_value(setting: str, read):  # pyright: ignore
 
 def test_a_setting_leaves_everything_else_as_it_was():
     changed, plain = load_recipe("mini_adsc", ["compress.0.drops.1.keep=40"]), load_recipe("mini_adsc")
-    drops = [{"layer": 3, "keep": 64}, {"layer": 5, "keep": 40}]
+    drops = [{"layer": 3, "keep": 121}, {"layer": 5, "keep": 40}]
     assert changed.compress[0].options == {**plain.compress[0].options, "drops": drops}
     assert (changed.model, changed.export, changed.session) == (plain.model, plain.export, plain.session)
 
