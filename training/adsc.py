@@ -15,7 +15,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
-from tokexport.errors import RecipeError, TrainingError
+from tokexport.errors import CheckpointError, RecipeError, TrainingError
 from tokexport.exporter.bundled import local_directory
 from tokexport.exporter.checkpoint import Model, fingerprint, open_weights
 from tokexport.exporter.export import Design
@@ -143,9 +143,12 @@ def tune(made: Design, material: Material, tuning: Tuning, folder: Path, *, list
 
 def _take_over(tuned: Any, made: Design, start: str) -> None:
     """Fill LoRA matrices with those of an adapter, which must have the same."""
-    open_weights(_with_adapter(made, start))  # names what does not fit
     directory = local_directory(start)
-    assert directory is not None, "weights with the adapter were opened"
+    if directory is None:
+        raise CheckpointError(
+            f"there is no adapter directory {start}; give --start a directory, or the name of an adapter that ships"
+        )
+    open_weights(_with_adapter(made, start))  # names what does not fit
     config: Any = PeftConfig.from_pretrained(str(directory))
     own = tuned.peft_config["default"]
     stored = load_file(directory / ADAPTER_FILE)

@@ -336,5 +336,5 @@ def test_an_adapter_of_another_rank_is_no_start(made: Design, material: Material
 
 
 def test_an_adapter_that_is_not_there_is_no_start(made: Design, material: Material, tmp_path: Path):
-    with pytest.raises(CheckpointError, match=r"^there is no adapter directory nowhere"):
+    with pytest.raises(CheckpointError, match=r"^there is no adapter directory nowhere; give --start a"):
         tune(made, material, tuning(start="nowhere"), tmp_path)
