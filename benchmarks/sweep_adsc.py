@@ -14,6 +14,7 @@ import click
 import torch
 from torch.utils.data import DataLoader, Subset
 
+from tokexport.dialogues.questions import KINDS
 from tokexport.exporter.export import design
 from tokexport.recipes.load import load_recipe, override
 from tokexport.recipes.schema import Recipe
@@ -119,7 +120,7 @@ def _right(recipe: Recipe, num: int) -> str:
     made, batch_size = design(recipe), 8
     llava = load_llava(made.model).eval()
     llava.set_attn_implementation(attention_for(llava.device))
-    material = made_material(made, num=num, split="validation")
+    material = made_material(made, num=num, split="validation", text_tokens=256, kinds=KINDS)
     thinnings = curriculum(made, "none")[-1] if made.methods else {}
     objective = material.objective_of(CompressedLlava(llava, thinnings))
     batches = DataLoader(Subset(material.examples, range(num)), batch_size=batch_size, collate_fn=material.collate)

@@ -62,7 +62,8 @@ class Tuning:
         rank: of the LoRA matrices; alpha is twice that.
         gradient_checkpointing: compute activations twice to save memory.
         seed: of the LoRA matrices.
-        start: directory or name of an adapter of the same rank to go on from, such as that of a milder recipe.
+        start: directory or name of an adapter of this rank or a lower one to go on from, such as that of a milder
+            recipe.
     """
 
     schedule: Schedule
@@ -142,7 +143,7 @@ def tune(made: Design, material: Material, tuning: Tuning, folder: Path, *, list
 
 
 def _take_over(tuned: Any, made: Design, start: str) -> None:
-    """Fill LoRA matrices with those of an adapter, which must have the same."""
+    """Fill LoRA matrices with those of an adapter; what a higher rank adds changes nothing yet."""
     directory = local_directory(start)
     if directory is None:
         raise CheckpointError(
@@ -151,15 +152,20 @@ def _take_over(tuned: Any, made: Design, start: str) -> None:
     open_weights(_with_adapter(made, start))  # names what does not fit
     config: Any = PeftConfig.from_pretrained(str(directory))
     own = tuned.peft_config["default"]
-    stored = load_file(directory / ADAPTER_FILE)
-    found, expected = (config.r, config.lora_alpha), (own.r, own.lora_alpha)
-    if found != expected or stored.keys() != get_peft_model_state_dict(tuned, save_embedding_layers=False).keys():
+    stored, filled = load_file(directory / ADAPTER_FILE), get_peft_model_state_dict(tuned, save_embedding_layers=False)
+    # A product of matrices is scaled by alpha over rank, the same in all that this command makes.
+    is_alike = config.lora_alpha * own.r == own.lora_alpha * config.r and stored.keys() == filled.keys()
+    if config.r > own.r or not is_alike:
         raise TrainingError(
-            f"the adapter {start} has rank and alpha {found} on {len(stored) // 2} matrices, expected {expected} on "
-            "all of the language model's; start from one made by this command with the same --rank, or leave --start "
-            "out"
+            f"the adapter {start} has rank and alpha {config.r, config.lora_alpha} on {len(stored) // 2} matrices, "
+            f"expected at most {own.r, own.lora_alpha} on all of the language model's; start from one made by this "
+            "command with the same --rank or a lower one, or leave --start out"
         )
-    set_peft_model_state_dict(tuned, stored)
+    # Of both factors: A starts at random and B at zero, so what stays of them adds nothing.
+    for name, tensor in stored.items():
+        filled[name] = filled[name].clone()
+        filled[name][tuple(slice(size) for size in tensor.shape)] = tensor
+    set_peft_model_state_dict(tuned, filled)
 
 
 def _with_adapter(made: Design, adapter: str) -> Model:

@@ -59,6 +59,25 @@ class Distillation:
                 raise TrainingError(f"{name} = {getattr(self, name)} must be at least 0")
 
 
+@dataclass(frozen=True, kw_only=True)
+class Lesson:
+    """Conversations with what the whole model answers.
+
+    Attributes:
+        features_IND: of the images.
+        input_ids: (B, T), images whole.
+        labels: (B, T).
+        expected_AW: logits of the answers' tokens.
+        target_A: the answers' tokens.
+    """
+
+    features_IND: Tensor
+    input_ids: Tensor
+    labels: Tensor
+    expected_AW: Tensor
+    target_A: Tensor
+
+
 class Distiller(nn.Module):
     """Compares what a model answers from compressed image features with what it answers from all of them.
 
@@ -87,28 +106,44 @@ class Distiller(nn.Module):
         self, pixel_values: Tensor, input_ids: Tensor, labels: Tensor, read: Tensor | None = None
     ) -> tuple[Tensor, Mapping[str, Tensor]]:
         """Return the loss and its parts; the arguments are those of ``CompressedLlava``, images read whole."""
-        # The tower is run once for both, and the teacher without a gradient.
-        with torch.no_grad():
-            features_IND = self.teacher.image_features(pixel_values)
-            expected_AW, target_A = self.teacher.answer(features_IND, input_ids, labels)
-        right = share_right(expected_AW, target_A)
-        if not len(features_IND):
+        return self.compare(self.lesson(pixel_values, input_ids, labels))
+
+    @torch.no_grad()
+    def lesson(self, pixel_values: Tensor, input_ids: Tensor, labels: Tensor) -> Lesson:
+        """Run the tower and the teacher, once for all that learn from them."""
+        features_IND = self.teacher.image_features(pixel_values)
+        expected_AW, target_A = self.teacher.answer(features_IND, input_ids, labels)
+        return Lesson(
+            features_IND=features_IND,
+            input_ids=input_ids,
+            labels=labels,
+            expected_AW=expected_AW,
+            target_A=target_A,
+        )
+
+    def compare(self, lesson: Lesson) -> tuple[Tensor, Mapping[str, Tensor]]:
+        """Return the loss and its parts."""
+        right = share_right(lesson.expected_AW, lesson.target_A)
+        if not len(lesson.features_IND):
             nothing = sum(parameter.sum() for parameter in self.matrix.parameters()) * 0.0
             return torch.as_tensor(nothing), {
                 **dict.fromkeys(_PARTS, torch.tensor(0.0)),
                 "right": right,
                 "teacher": right,
             }
-        matrix_IMN = self.matrix(features_IND)
-        short_ids, short_labels = shortened(input_ids, labels, self.teacher.image_token, matrix_IMN.shape[1])
-        found_AW, _ = self.student.answer(matrix_IMN @ features_IND.to(matrix_IMN.dtype), short_ids, short_labels)
+        matrix_IMN = self.matrix(lesson.features_IND)
+        short_ids, short_labels = shortened(
+            lesson.input_ids, lesson.labels, self.teacher.image_token, matrix_IMN.shape[1]
+        )
+        mixed_IMD = matrix_IMN @ lesson.features_IND.to(matrix_IMN.dtype)
+        found_AW, _ = self.student.answer(mixed_IMD, short_ids, short_labels)
         divergence = functional.kl_div(
-            found_AW.log_softmax(-1), expected_AW.log_softmax(-1), reduction="batchmean", log_target=True
+            found_AW.log_softmax(-1), lesson.expected_AW.log_softmax(-1), reduction="batchmean", log_target=True
         )
         entropy, column = row_entropy(matrix_IMN), largest_column(matrix_IMN)
         figures = {
             **dict(zip(_PARTS, (divergence.detach(), entropy.detach(), column.detach()), strict=True)),
-            "right": share_right(found_AW, target_A),
+            "right": share_right(found_AW, lesson.target_A),
             "teacher": right,
         }
         return divergence + self._entropy * entropy + self._column * column, figures

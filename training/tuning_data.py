@@ -2,7 +2,7 @@
 
 import hashlib
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,6 +11,7 @@ from torch import nn
 from torch.utils.data import Dataset
 from transformers import LlavaProcessor
 
+from tokexport.dialogues.questions import KINDS
 from tokexport.dialogues.scene import SIDE
 from tokexport.dialogues.schema import Split
 from tokexport.errors import CheckpointError, InputError
@@ -22,6 +23,8 @@ from tokexport.training.mini_data import Conversations
 
 # Made conversations that no part of the mini model's own training saw.
 _SEED = 100
+# What compression costs most comes up more often.
+TUNING_KINDS = (*KINDS, *("counting",) * 4, "reading", "whole_image")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,8 +56,22 @@ def llava_material(made: Design, data: Path, images: Path, *, num: int) -> Mater
     return Material(name=name, examples=examples, objective_of=Reader, collate=padding)
 
 
-def made_material(made: Design, *, num: int, text_tokens: int = 256, split: Split = "train") -> Material:
+def made_material(
+    made: Design,
+    *,
+    num: int,
+    text_tokens: int = 384,
+    split: Split = "train",
+    kinds: Sequence[str] = TUNING_KINDS,
+) -> Material:
     """Return conversations about made scenes of a split.
+
+    Args:
+        made: the recipe, checked against its model.
+        num: of conversations.
+        text_tokens: of a conversation.
+        split: of the generator.
+        kinds: of questions, one that stands there twice coming up twice as often.
 
     Raises:
         InputError: the model takes images of another size.
@@ -75,9 +92,13 @@ def made_material(made: Design, *, num: int, text_tokens: int = 256, split: Spli
         num=num,
         seed=_SEED,
         split=split,
+        kinds=kinds,
     )
+    asked = ", ".join(f"{kinds.count(kind)} {kind}" for kind in dict.fromkeys(kinds))
     return Material(
-        name="made scenes", examples=examples, objective_of=lambda model: Talker(model, PixelNormalizer(processor))
+        name=f"made scenes, {text_tokens} text tokens: {asked}",
+        examples=examples,
+        objective_of=lambda model: Talker(model, PixelNormalizer(processor)),
     )
 
 
