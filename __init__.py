@@ -189,6 +189,7 @@ def evaluate(
     max_new_tokens: int = 16,
     max_text_tokens: int | None = None,
     threads: int | None = None,
+    jobs: int = 1,
     model: str | None = None,
     adapter: str | None = None,
     compressor: str | None = None,
@@ -208,6 +209,7 @@ def evaluate(
         max_new_tokens=max_new_tokens,
         max_text_tokens=max_text_tokens,
         threads=threads,
+        jobs=jobs,
         source=Source(model=model, adapter=adapter, compressor=compressor),
     )
     return evaluate_artefact(

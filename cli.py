@@ -19,6 +19,7 @@ from tokexport.commands.compile import compile_engines
 from tokexport.commands.options import (
     answer_options,
     engine_options,
+    jobs_option,
     output_options,
     recipe_from,
     recipe_options,
@@ -217,6 +218,7 @@ def bench(artefact: Path, gate: bool, as_json: bool, quiet: bool, **options: Any
 @click.option("--turns", type=click.IntRange(min=1), help="Questions of a made dialogue, by default 3.")
 @click.option("--seed", type=click.IntRange(min=0), help="Of made dialogues, by default 0.")
 @engine_options
+@jobs_option
 @source_options
 @click.option(
     "--metric",

@@ -67,8 +67,13 @@ VARIANTS: Mapping[str, Variant] = {
     "all, learning rate 3e-3": Variant(learning_rate=3e-3),
     "all, learning rate 1e-2": Variant(learning_rate=1e-2),
     "all, a tenth of the terms, 3e-3": Variant(entropy=0.1, column=0.1, learning_rate=3e-3),
-    "all, grid of 64": Variant('pattern = "grid"', keep=64),
-    "all, grid of 49": Variant('pattern = "grid"', keep=49),
+    "all, a tenth of the terms, 3e-3, beta from 16": Variant(entropy=0.1, column=0.1, learning_rate=3e-3, beta=16),
+    "all, a tenth of the terms, 3e-3, grid of 64": Variant(
+        'pattern = "grid"', keep=64, entropy=0.1, column=0.1, learning_rate=3e-3
+    ),
+    "all, a tenth of the terms, 3e-3, grid of 49": Variant(
+        'pattern = "grid"', keep=49, entropy=0.1, column=0.1, learning_rate=3e-3
+    ),
 }
 
 

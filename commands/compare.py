@@ -6,7 +6,7 @@ from typing import Any
 
 import click
 
-from tokexport.commands.options import engine_options, output_options
+from tokexport.commands.options import engine_options, jobs_option, output_options
 from tokexport.engines.terminal import Terminal
 from tokexport.errors import InputError
 
@@ -22,6 +22,7 @@ from tokexport.errors import InputError
 @click.option("--dialogues", type=click.IntRange(min=1), help="How many; by default 2000 made ones, or all.")
 @click.option("--repeats", default=9, show_default=True, type=click.IntRange(min=1), help="Measured runs of each.")
 @engine_options
+@jobs_option
 @output_options
 def compare(
     recipes: tuple[str, ...],
@@ -31,6 +32,7 @@ def compare(
     repeats: int,
     backend: str,
     threads: int | None,
+    jobs: int,
     as_json: bool,
     quiet: bool,
 ) -> None:
@@ -52,7 +54,7 @@ def compare(
             loaded,
             out,
             asked,
-            EvalOptions(backend=backend, threads=threads),
+            EvalOptions(backend=backend, threads=threads, jobs=jobs),
             repeats=repeats,
             progress=terminal.step,
             tick=terminal.tick,

@@ -72,6 +72,19 @@ def engine_options(command: Command) -> Command:
     return with_options(*options)(command)
 
 
+def jobs_option(command: Command) -> Command:
+    """Add the option that says how many processes evaluate."""
+    option = click.option(
+        "--jobs",
+        "-j",
+        default=1,
+        show_default=True,
+        type=click.IntRange(min=1),
+        help="Processes that ask at once and share the threads.",
+    )
+    return option(command)
+
+
 def source_options(command: Command) -> Command:
     """Add the options that say where lies what an artefact was made from; the command gets one ``source``."""
 

@@ -1,9 +1,10 @@
 """What compression costs in accuracy: an artefact, and the uncompressed one beside it, on the same dialogues."""
 
 import contextlib
+import functools
 import json
 import os
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -11,8 +12,18 @@ from typing import Any
 import numpy as np
 
 from tokexport.engines.backend import AS_BUILT, DEFAULT_BACKEND, SessionOptions, Source, load_backend
-from tokexport.engines.evaluate import DEFAULT_MAX_NEW_TOKENS, Comparison, Evaluation, ScoredAnswer, evaluate
+from tokexport.engines.environment import available_cores
+from tokexport.engines.evaluate import (
+    DEFAULT_MAX_NEW_TOKENS,
+    AskedDialogue,
+    Comparison,
+    Evaluation,
+    ScoredAnswer,
+    ask_dialogue,
+    evaluate,
+)
 from tokexport.engines.evaluation_data import DialogueSet
+from tokexport.engines.evaluation_processes import Asker, ask_in_processes
 from tokexport.engines.intervals import Floats
 from tokexport.engines.model import Vlm
 from tokexport.engines.prompt import PromptProcessor
@@ -39,6 +50,7 @@ class EvalOptions:
         max_new_tokens: the longest answer.
         max_text_tokens: room for the text of a dialogue, None for what the data needs.
         threads: CPU threads, None for as many as there are cores.
+        jobs: processes that ask at once and share the threads.
         source: for engines that run from the checkpoint.
     """
 
@@ -47,6 +59,7 @@ class EvalOptions:
     max_new_tokens: int = DEFAULT_MAX_NEW_TOKENS
     max_text_tokens: int | None = None
     threads: int | None = None
+    jobs: int = 1
     source: Source = AS_BUILT
 
     def __post_init__(self) -> None:
@@ -54,6 +67,14 @@ class EvalOptions:
             raise InputError(f"there is no metric {self.metric!r}{nearest(self.metric, list(METRICS))}")
         if self.max_new_tokens < 1:
             raise InputError(f"max-new-tokens {self.max_new_tokens} must be at least 1")
+        if self.jobs < 1:
+            raise InputError(f"jobs {self.jobs} must be at least 1")
+
+    def threads_each(self) -> int | None:
+        """Return the threads of one process, None for as many as there are cores."""
+        if self.jobs == 1:
+            return self.threads
+        return max(1, (self.threads or available_cores()) // self.jobs)
 
     def rules(self) -> dict[str, str | int]:
         """Return what has to be equal for two evaluations to be compared."""
@@ -152,22 +173,32 @@ def _run(
 ) -> Evaluation:
     name = bundle.path.name
     progress(f"opening {name}")
+    opener = functools.partial(
+        _open_asker, bundle.path, options, options.max_text_tokens or _room(bundle, asked, options.max_new_tokens)
+    )
+    if options.jobs == 1:
+        answered: Iterator[AskedDialogue] = map(opener(), asked)
+    else:
+        answered = ask_in_processes(opener, asked, options.jobs)
+    progress(f"evaluating {name} on {asked.size} dialogues")
+    with contextlib.closing(answered) if isinstance(answered, Generator) else contextlib.nullcontext():
+        return evaluate(answered, listen=listen, tick=lambda done: tick(done, asked.size))
+
+
+def _open_asker(path: Path, options: EvalOptions, max_text_tokens: int) -> Asker:
+    bundle = Bundle.open(path)
     session = SessionOptions.for_bundle(
         bundle,
-        max_text_tokens=options.max_text_tokens or _room(bundle, asked, options.max_new_tokens),
+        max_text_tokens=max_text_tokens,
         max_images=1,
-        threads=options.threads,
+        threads=options.threads_each(),
         source=options.source,
     )
-    vlm = Vlm(bundle, options.backend, session)
-    progress(f"evaluating {name} on {asked.size} dialogues")
-    return evaluate(
-        vlm,
-        asked,
+    return functools.partial(
+        ask_dialogue,
+        Vlm(bundle, options.backend, session),
         metric=options.metric,
         max_new_tokens=options.max_new_tokens,
-        listen=listen,
-        tick=lambda done: tick(done, asked.size),
     )
 
 

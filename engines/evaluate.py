@@ -7,7 +7,7 @@ import hashlib
 import json
 import time
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -166,83 +166,99 @@ class Comparison:
     lost: int
 
 
-def evaluate(
-    vlm: Vlm,
-    dialogues: Iterable[Dialogue],
-    *,
-    metric: Metric = "exact",
-    max_new_tokens: int = DEFAULT_MAX_NEW_TOKENS,
-    listen: Callable[[ScoredAnswer], object] = lambda _: None,
-    tick: Callable[[int], None] = lambda _done: None,
-) -> Evaluation:
-    """Ask every question of every dialogue and score the answers.
+@dataclass(frozen=True, kw_only=True)
+class AskedDialogue:
+    """A dialogue with what was answered, turn by turn.
+
+    Attributes:
+        answers: one a turn.
+        ttft_ms: time to the first token, one a turn.
+        sha256: of image, questions and accepted answers.
+    """
+
+    answers: tuple[ScoredAnswer, ...]
+    ttft_ms: tuple[float, ...]
+    sha256: bytes
+
+
+def ask_dialogue(
+    vlm: Vlm, dialogue: Dialogue, *, metric: Metric = "exact", max_new_tokens: int = DEFAULT_MAX_NEW_TOKENS
+) -> AskedDialogue:
+    """Ask every question of a dialogue and score the answers.
 
     The image comes with the first question. A later question continues on the same cache, behind the answers that the
     model itself gave.
 
     Args:
         vlm: the artefact.
-        dialogues: what to ask, each used once.
+        dialogue: what to ask.
         metric: ``exact`` or ``vqa``, see ``engines.scoring``.
         max_new_tokens: the longest answer.
+
+    Raises:
+        InputError: a dialogue that cannot be asked or scored, or too little room in the cache.
+    """
+    if metric not in METRICS:
+        raise InputError(f"there is no metric {metric!r}{nearest(metric, list(METRICS))}")
+    _check(dialogue, metric)
+    answers: list[ScoredAnswer] = []
+    times: list[float] = []
+    chat = vlm.chat(max_new_tokens=max_new_tokens)
+    for turn, asked in enumerate(dialogue.turns, 1):
+        try:
+            answer = chat.ask(asked.question, [dialogue.image] if turn == 1 else [])
+        except InputError as error:
+            raise InputError(f"dialogue {dialogue.name}, turn {turn}: {error}") from error
+        if answer.ended_by == "full cache":
+            raise InputError(f"dialogue {dialogue.name}, turn {turn}: {_no_room(vlm)}")
+        answers.append(_score(dialogue, turn, asked, answer, metric))
+        # An answer that is a stop token alone has no first token.
+        times.append(answer.ttft_ms if answer.token_ids else answer.total_ms)
+    digest = hashlib.sha256()
+    for part in _content(dialogue):
+        digest.update(part)
+    return AskedDialogue(answers=tuple(answers), ttft_ms=tuple(times), sha256=digest.digest())
+
+
+def evaluate(
+    asked: Iterable[AskedDialogue],
+    *,
+    listen: Callable[[ScoredAnswer], object] = lambda _: None,
+    tick: Callable[[int], None] = lambda _done: None,
+) -> Evaluation:
+    """Put together how dialogues were answered.
+
+    Args:
+        asked: in the dialogues' order, each used once.
         listen: told every answer.
         tick: told how many dialogues are done.
 
     Raises:
-        InputError: no dialogue, one that cannot be asked or scored, or too little room in the cache.
+        InputError: no dialogue.
     """
-    if metric not in METRICS:
-        raise InputError(f"there is no metric {metric!r}{nearest(metric, list(METRICS))}")
-    started, noted, digest = time.perf_counter(), _Notes(), hashlib.sha256()
-    for number, dialogue in enumerate(dialogues):
-        _check(dialogue, metric)
-        chat = vlm.chat(max_new_tokens=max_new_tokens)
-        for turn, asked in enumerate(dialogue.turns, 1):
-            try:
-                answer = chat.ask(asked.question, [dialogue.image] if turn == 1 else [])
-            except InputError as error:
-                raise InputError(f"dialogue {dialogue.name}, turn {turn}: {error}") from error
-            if answer.ended_by == "full cache":
-                raise InputError(f"dialogue {dialogue.name}, turn {turn}: {_no_room(vlm)}")
-            scored = _score(dialogue, turn, asked, answer, metric)
-            noted.add(number, scored, answer)
-            listen(scored)
-        for part in _content(dialogue):
-            digest.update(part)
+    started, digest = time.perf_counter(), hashlib.sha256()
+    answers: list[ScoredAnswer] = []
+    dialogues: list[int] = []
+    times: list[float] = []
+    for number, one in enumerate(asked):
+        for answer in one.answers:
+            listen(answer)
+        answers += one.answers
+        dialogues += [number] * len(one.answers)
+        times += one.ttft_ms
+        digest.update(one.sha256)
         tick(number + 1)
-    if not noted.scores:
+    if not answers:
         raise InputError("there are no dialogues to evaluate; give at least one")
-    return noted.evaluation(sha256=digest.hexdigest(), seconds=time.perf_counter() - started)
-
-
-@dataclass
-class _Notes:
-    """What is kept of every answer."""
-
-    scores: list[float] = field(default_factory=list)
-    dialogues: list[int] = field(default_factory=list)
-    turns: list[int] = field(default_factory=list)
-    kinds: list[str] = field(default_factory=list)
-    ttft_ms: list[float] = field(default_factory=list)
-
-    def add(self, number: int, scored: ScoredAnswer, answer: Answer) -> None:
-        self.scores.append(scored.score)
-        self.dialogues.append(number)
-        self.turns.append(scored.turn)
-        self.kinds.append(scored.kind)
-        # An answer that is a stop token alone has no first token.
-        self.ttft_ms.append(answer.ttft_ms if answer.token_ids else answer.total_ms)
-
-    def evaluation(self, *, sha256: str, seconds: float) -> Evaluation:
-        return Evaluation(
-            scores_Q=np.array(self.scores),
-            dialogue_Q=np.array(self.dialogues, np.int64),
-            turn_Q=np.array(self.turns, np.int64),
-            kinds=tuple(self.kinds),
-            ttft_ms_Q=np.array(self.ttft_ms),
-            sha256=sha256,
-            seconds=seconds,
-        )
+    return Evaluation(
+        scores_Q=np.array([answer.score for answer in answers]),
+        dialogue_Q=np.array(dialogues, np.int64),
+        turn_Q=np.array([answer.turn for answer in answers], np.int64),
+        kinds=tuple(answer.kind for answer in answers),
+        ttft_ms_Q=np.array(times),
+        sha256=digest.hexdigest(),
+        seconds=time.perf_counter() - started,
+    )
 
 
 def _score(dialogue: Dialogue, turn: int, asked: Turn, answer: Answer, metric: Metric) -> ScoredAnswer:

@@ -1,5 +1,6 @@
 """Which dialogues an artefact is evaluated on, and how much room in the cache they need."""
 
+import functools
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import islice
@@ -23,7 +24,7 @@ _SLACK = 1.2
 
 @dataclass(frozen=True)
 class DialogueSet:
-    """Dialogues that can be gone through more than once.
+    """Dialogues that can be gone through more than once, also in another process.
 
     Attributes:
         description: where they come from, for reports.
@@ -83,7 +84,7 @@ def _generated(data: str, size: int, turns: int, seed: int) -> DialogueSet:
     return DialogueSet(
         {"split": data, "seed": seed, "turns": turns},
         size,
-        lambda index: make_dialogue(seed, split, index, num_turns=turns),
+        functools.partial(make_dialogue, seed, split, num_turns=turns),
         is_made=True,
     )
 

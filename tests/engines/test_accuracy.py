@@ -1,6 +1,7 @@
 """An artefact and the uncompressed one on the same data: what is stored, reused, written and refused."""
 
 import json
+import os
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
@@ -12,10 +13,12 @@ import pytest
 from tokexport.dialogues.generate import make_dialogue
 from tokexport.dialogues.jsonl import write_jsonl
 from tokexport.engines.accuracy import Accuracy, EvalOptions, evaluate_artefact
+from tokexport.engines.evaluate import AskedDialogue
 from tokexport.engines.evaluation_data import DialogueSet, open_dialogues
+from tokexport.engines.evaluation_processes import Asker, ask_in_processes
 from tokexport.engines.prompt import PromptProcessor
 from tokexport.engines.scoring import normalise
-from tokexport.errors import InputError
+from tokexport.errors import InputError, TokexportError
 from tokexport.exporter.bundle import Bundle
 
 OPTIONS = EvalOptions(max_new_tokens=3, threads=1)
@@ -197,3 +200,64 @@ def test_data_that_is_not_there_is_refused(tmp_path: Path, arguments: dict[str, 
     with pytest.raises(InputError) as error:
         open_dialogues(**given)
     assert str(error.value).startswith(expected)
+
+
+# In several processes
+
+
+def test_several_processes_find_what_one_does(pair: tuple[Bundle, Bundle], tmp_path: Path):
+    asked = key_of(pair[0], tmp_path, lambda number: number % 3 > 0, "data")
+    done: list[tuple[int, int]] = []
+    alone, together = tmp_path / "alone.jsonl", tmp_path / "together.jsonl"
+    expected = run(pair[0], asked, answers=alone).report()
+    found = run(
+        pair[0],
+        asked,
+        replace(OPTIONS, jobs=2),
+        answers=together,
+        tick=lambda number, total: done.append((number, total)),
+    ).report()
+    assert together.read_text() == alone.read_text()
+    assert {"seconds", "ttft_ms"} == {key for key, value in expected.items() if found[key] != value}
+    assert done == [(number, 8) for number in range(1, 9)]
+
+
+def test_made_dialogues_are_made_in_each_process(pair: tuple[Bundle, Bundle]):
+    expected, found = (run(pair[0], options=replace(OPTIONS, jobs=jobs)).evaluation for jobs in (1, 5))
+    assert found.sha256 == expected.sha256
+    assert (found.scores_Q == expected.scores_Q).all()
+
+
+def test_what_goes_wrong_in_a_process_is_told(pair: tuple[Bundle, Bundle], tmp_path: Path):
+    asked = open_dialogues(dialogues=2)
+    path = write_jsonl([*asked, replace(asked.get(0), name="long", turns=asked.get(0).turns * 9)], tmp_path)
+    options = replace(OPTIONS, jobs=2, max_text_tokens=120)
+    with pytest.raises(InputError, match=r"^dialogue long, turn \d+: .*raise --max-text-tokens"):
+        run(pair[0], open_dialogues(str(path)), options)
+    with pytest.raises(TokexportError, match="there is no backend 'ont'"):
+        run(pair[0], asked, replace(options, backend="ont"))
+
+
+def _die(_dialogue: object) -> AskedDialogue:
+    os._exit(9)
+
+
+def _dying() -> Asker:
+    return _die
+
+
+def test_a_process_that_ends_is_told():
+    with pytest.raises(
+        TokexportError, match=r"^one of 2 processes ended, perhaps for lack of memory;"
+    ):
+        list(ask_in_processes(_dying, open_dialogues(dialogues=4), 2))
+
+
+@pytest.mark.parametrize(("threads", "jobs", "expected"), [(8, 2, 4), (3, 2, 1), (1, 4, 1), (5, 1, 5), (None, 1, None)])
+def test_processes_share_the_threads(threads: int | None, jobs: int, expected: int | None):
+    assert EvalOptions(threads=threads, jobs=jobs).threads_each() == expected
+
+
+def test_no_process_is_refused():
+    with pytest.raises(InputError, match=r"^jobs 0 must be at least 1$"):
+        EvalOptions(jobs=0)

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -10,7 +11,8 @@ from PIL import Image
 from tokexport.dialogues.generate import make_dialogue
 from tokexport.dialogues.schema import Dialogue, Turn
 from tokexport.engines.backend import SessionOptions
-from tokexport.engines.evaluate import Evaluation, ScoredAnswer, evaluate
+from tokexport.engines.evaluate import Evaluation, ScoredAnswer, ask_dialogue
+from tokexport.engines.evaluate import evaluate as put_together
 from tokexport.engines.model import Vlm
 from tokexport.engines.scoring import normalise_vqa
 from tokexport.errors import InputError
@@ -26,6 +28,15 @@ def open_vlm(bundle: Bundle, backend: str = "ort", *, room: int = 200) -> Vlm:
 
 def made(count: int, num_turns: int = 3) -> list[Dialogue]:
     return [make_dialogue(0, "test", index, num_turns=num_turns) for index in range(count)]
+
+
+def evaluate(
+    vlm: Vlm,
+    dialogues: Sequence[Dialogue],
+    listen: Callable[[ScoredAnswer], object] = lambda _: None,
+    **options: Any,
+) -> Evaluation:
+    return put_together((ask_dialogue(vlm, dialogue, **options) for dialogue in dialogues), listen=listen)
 
 
 def ask(vlm: Vlm, dialogues: Sequence[Dialogue]) -> list[ScoredAnswer]:
