@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from tokexport.engines.model import Vlm
     from tokexport.engines.parity import Verification
     from tokexport.engines.scoring import Metric
+    from tokexport.recipes.schema import Bits
 
 __all__ = ["bench", "build", "evaluate", "load", "plan", "verify"]
 
@@ -36,6 +37,7 @@ def build(
     adapter: str | None = None,
     compressor: str | None = None,
     dtype: str | None = None,
+    quantize: "Bits | None" = None,
     settings: Sequence[str] = (),
     backend: str = "ort",
     threads: int | None = None,
@@ -54,6 +56,7 @@ def build(
         adapter: a LoRA adapter to merge: a directory, or the name of one that ships.
         compressor: what a method learned: a file that training wrote, or the name of one that ships.
         dtype: ``float32``, ``float16`` or ``bfloat16``.
+        quantize: ``int8`` or ``int4`` weights in all graphs, or ``none``.
         settings: ``key=value`` changes to the recipe.
         backend: the engine to verify and measure.
         threads: CPU threads, None for one per core.
@@ -75,6 +78,7 @@ def build(
         adapter=adapter,
         compressor=compressor,
         dtype=dtype,
+        quantize=quantize,
     )
     return build_recipe(
         loaded,

@@ -42,6 +42,9 @@ def recipe_options(command: Command) -> Command:
         ),
         click.option("--dtype", type=click.Choice(["float32", "float16", "bfloat16"]), help="Precision of the graphs."),
         click.option(
+            "--quantize", type=click.Choice(["none", "int8", "int4"]), help="Weights of all graphs in fewer bits."
+        ),
+        click.option(
             "--set",
             "settings",
             multiple=True,
@@ -52,7 +55,17 @@ def recipe_options(command: Command) -> Command:
     return with_options(*options)(command)
 
 
-RECIPE_OPTIONS = ("recipe_name", "settings", "model", "weights", "num_layers", "adapter", "compressor", "dtype")
+RECIPE_OPTIONS = (
+    "recipe_name",
+    "settings",
+    "model",
+    "weights",
+    "num_layers",
+    "adapter",
+    "compressor",
+    "dtype",
+    "quantize",
+)
 """The parameters of a command that ``recipe_options`` add."""
 
 

@@ -87,12 +87,20 @@ def _learning_options(*, steps: int, learning_rate: float | None, suits: str) ->
     help="In which order the bottlenecks narrow.",
 )
 @click.option("--rank", default=16, show_default=True, type=click.IntRange(min=1), help="Of the LoRA matrices.")
+@click.option(
+    "--optimizer",
+    type=click.Choice(["adamw", "muon"]),
+    default="adamw",
+    show_default=True,
+    help="Muon orthogonalises the updates of matrices.",
+)
 @click.option("--seed", default=0, show_default=True, type=click.IntRange(min=0), help="Of the LoRA matrices.")
 @click.option("--start", metavar="ADAPTER", help="Go on from an adapter, such as that of a milder recipe.")
 @output_options
 def adsc(
     curriculum: Any,
     rank: int,
+    optimizer: Any,
     seed: int,
     start: str | None,
     gradient_checkpointing: bool,
@@ -103,9 +111,9 @@ def adsc(
     """Tune a model to its ADSC bottlenecks with LoRA; the adapter goes into a recipe or --adapter."""
     from tokexport.training.adsc import Tuning, tune
 
-    _refuse_useless(options, "adapter", "dtype")
+    _refuse_useless(options, "adapter", "dtype", "quantize")
     tuning = Tuning(
-        schedule=_schedule(options),
+        schedule=_schedule(options, optimizer=optimizer),
         curriculum=curriculum,
         rank=rank,
         gradient_checkpointing=gradient_checkpointing,
@@ -150,7 +158,7 @@ def metacompress(
     from tokexport.training.metacompress import Distillation, train_compressor
     from tokexport.training.oracle import MATRICES_FILE, train_oracle
 
-    _refuse_useless(options, "dtype", *(() if oracle else ("compressor",)))
+    _refuse_useless(options, "dtype", "quantize", *(() if oracle else ("compressor",)))
     if options["learning_rate"] is None:
         options["learning_rate"] = 0.1 if oracle else 1e-3
     distillation = Distillation(

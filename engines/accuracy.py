@@ -111,6 +111,7 @@ class Accuracy:
             "full": {"path": str(self.full), **asdict(compared)} if compared else None,
             **self.options.rules(),
             "dtype": bundle.recipe.export.dtype,
+            "quantize": str(bundle.recipe.quantize),
             "weights": bundle.manifest.model.weights,
             "ignores_compression": is_compressed and not load_backend(self.options.backend).is_compressed,
             "data": {**self.asked.description, "sha256": self.evaluation.sha256},

@@ -4,7 +4,7 @@ import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib import resources
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,10 +16,16 @@ Kind = Literal["image_features", "logits", "cache"]
 
 @dataclass(frozen=True, kw_only=True)
 class Tolerance:
-    """A bound on the largest difference: absolute, or as a part of the largest value expected."""
+    """A bound on the largest difference, absolute or as a part of the largest value expected; or one on the norm.
+
+    Attributes:
+        norm: bound on the Euclidean norm of the difference as a part of that of what is expected, in place of the
+            others. It is for what rounding leaves of a tensor as a whole, whose single values say little.
+    """
 
     absolute: float = 0.0
     relative: float = 0.0
+    norm: float | None = None
     reason: str
 
     def bound(self, expected: NDArray[np.generic]) -> float:
@@ -31,7 +37,8 @@ class Tolerance:
 class Check:
     """One comparison.
 
-    ``max_abs_diff`` of tokens or indices is the number that differ; ``cosine`` is then 1 or 0.
+    ``max_abs_diff`` of tokens or indices is the number that differ; ``cosine`` is then 1 or 0. ``norm_diff`` is what is
+    held against the tolerance where that is one on the norm.
     """
 
     step: str
@@ -42,16 +49,23 @@ class Check:
     cosine: float
     norm_ratio: float = 1.0
     tolerance: float
+    norm_diff: float | None = None
     graph: str = ""
     layer: int | None = None
     note: str = ""
 
 
-def load_tolerances(dtype: str) -> Mapping[Kind, Tolerance]:
-    """Return the tolerances of graphs in ``dtype``."""
+def difference_of(check: Mapping[str, Any]) -> float | None:
+    """Return what a stored check held against its tolerance, None where nothing could be compared."""
+    norm_diff = check.get("norm_diff")
+    return check["max_abs_diff"] if norm_diff is None else norm_diff
+
+
+def load_tolerances(table_name: str) -> Mapping[Kind, Tolerance]:
+    """Return the tolerances of graphs in a precision, or of one of the steps of quantization."""
     text = (resources.files("tokexport.engines") / "tolerances.toml").read_text()
-    table = tomllib.loads(text)[dtype]
-    return {kind: parse_table(Tolerance, entry, f"[{dtype}.{kind}]") for kind, entry in table.items()}
+    table = tomllib.loads(text)[table_name]
+    return {kind: parse_table(Tolerance, entry, f"[{table_name}.{kind}]") for kind, entry in table.items()}
 
 
 def compare_tensors(
@@ -73,17 +87,20 @@ def compare_tensors(
     difference = np.abs(a - b)
     norm_a, norm_b = float(np.linalg.norm(a)), float(np.linalg.norm(b))
     largest = float(difference.max(initial=0))
+    share = float(np.linalg.norm(a - b)) / (norm_b or 1.0)
+    passed = largest <= bound if tolerance.norm is None else share <= tolerance.norm
     return Check(
         step=step,
         name=name,
-        passed=largest <= bound,
+        passed=passed,
         max_abs_diff=largest,
         mean_abs_diff=float(difference.mean()) if difference.size else 0.0,
         cosine=float(a @ b / (norm_a * norm_b)) if norm_a and norm_b else float(norm_a == norm_b),
         norm_ratio=norm_a / norm_b if norm_b else 1.0,
-        tolerance=bound,
+        tolerance=bound if tolerance.norm is None else tolerance.norm,
         graph=graph,
         layer=layer,
+        norm_diff=None if tolerance.norm is None else share,
     )
 
 
@@ -119,6 +136,22 @@ def compare_choices(
         tolerance=0.0,
         graph=graph,
         note=f"{ties} near-ties" if ties else "",
+    )
+
+
+def compare_counts(name: str, wrong: Mapping[str, int], *, step: str = "", graph: str = "") -> Check:
+    """Judge how many numbers of each of several parts are not what they must be."""
+    total = sum(wrong.values())
+    first = next((part for part, count in wrong.items() if count), "")
+    return Check(
+        step=step,
+        name=name,
+        passed=total == 0,
+        max_abs_diff=float(total),
+        cosine=float(total == 0),
+        tolerance=0.0,
+        graph=graph,
+        note=f"{total} numbers differ, the first in {first}" if total else "",
     )
 
 

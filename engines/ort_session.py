@@ -1,5 +1,6 @@
 """A session of ONNX Runtime, which its engines open on one device or another, with one decoder graph or another."""
 
+import functools
 from pathlib import Path
 from typing import Literal
 
@@ -28,6 +29,8 @@ _PROVIDERS: dict[Device, list[str]] = {
     "cpu": ["CPUExecutionProvider"],
     "cuda": ["CUDAExecutionProvider", "CPUExecutionProvider"],
 }
+# Levels of accuracy of products with weights of four bits: with inputs as they are, and rounded to bytes.
+_FLOAT_PRODUCTS, _BYTE_PRODUCTS = "1", "4"
 # Its CPU kernels do not compute in bfloat16.
 CPU_DTYPES = ("float32", "float16")
 
@@ -45,16 +48,24 @@ class OrtSession(Session):
         options: room and threads.
         decoder: the serialised decoder graph, which may differ from the artefact's.
         device: where it is computed and the cache is kept.
+        is_fast: multiply weights of four bits with inputs rounded to bytes; otherwise with float32.
     """
 
-    def __init__(self, bundle: Bundle, options: SessionOptions, decoder: bytes, device: Device = "cpu") -> None:
+    def __init__(
+        self,
+        bundle: Bundle,
+        options: SessionOptions,
+        decoder: bytes,
+        device: Device = "cpu",
+        *,
+        is_fast: bool = False,
+    ) -> None:
         super().__init__(bundle.spec, bundle.plan, options)
         self._dtype = np.dtype(bundle.recipe.export.dtype)
         folder, threads = bundle.path / "onnx", options.threads
         vision, embedding = graph_file(bundle, "vision_encoder"), graph_file(bundle, "embed_tokens")
-        self._vision = inference_session(vision, folder, threads=threads, device=device)
-        self._embedding = inference_session(embedding, folder, threads=threads, device=device)
-        self._decoder = inference_session(decoder, folder, threads=threads, device=device)
+        opened = functools.partial(inference_session, folder=folder, threads=threads, device=device, is_fast=is_fast)
+        self._vision, self._embedding, self._decoder = opened(vision), opened(embedding), opened(decoder)
         self._binding = self._decoder.io_binding()
         self._binding.bind_output("logits", "cpu")  # first, so that it is the first output of every run
         self._cache: dict[str, ort.OrtValue] = {}
@@ -93,7 +104,7 @@ class OrtSession(Session):
 
 
 def inference_session(
-    graph: bytes, folder: Path, *, threads: int | None, device: Device = "cpu"
+    graph: bytes, folder: Path, *, threads: int | None, device: Device = "cpu", is_fast: bool = False
 ) -> "ort.InferenceSession":
     """Open a serialised graph whose weights lie in ``folder``."""
     settings = ort.SessionOptions()
@@ -102,6 +113,8 @@ def inference_session(
     # The three sessions have a thread pool each. Threads that spin on after the vision encoder's run would
     # take the cores that the decoder's threads need: its first layer then takes twice as long.
     settings.add_session_config_entry("session.force_spinning_stop", "1")
+    level = _BYTE_PRODUCTS if is_fast else _FLOAT_PRODUCTS
+    settings.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", level)
     settings.add_session_config_entry("session.model_external_initializers_file_folder_path", str(folder))
     return ort.InferenceSession(graph, settings, providers=_PROVIDERS[device])
 

@@ -16,6 +16,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from tokexport.engines import accuracy_text
+from tokexport.engines.compare import difference_of
 from tokexport.engines.mixing import made_image
 from tokexport.engines.report_plots import GainBar, LayerRun, TimeBar, draw_gains, draw_mixing, draw_times, draw_tokens
 from tokexport.errors import BundleError
@@ -323,8 +324,9 @@ def _ladder(verify: Mapping[str, Any]) -> dict[str, list[dict[str, Any]]]:
     """Return the checks by step; ``used`` is the share of its tolerance that a check used up."""
     ladder: dict[str, list[dict[str, Any]]] = {}
     for check in verify["checks"]:
-        used = _ratio(check["max_abs_diff"], check["tolerance"])
-        row = {"mean_abs_diff": None, "norm_ratio": None, "note": "", "used": used} | check
+        off_by = difference_of(check)
+        used = _ratio(off_by, check["tolerance"])
+        row = {"mean_abs_diff": None, "norm_ratio": None, "note": "", "used": used, "off_by": off_by} | check
         ladder.setdefault(check.get("step") or "comparisons", []).append(row)
     return ladder
 

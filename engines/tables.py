@@ -12,6 +12,7 @@ from rich.table import Column, Table
 from rich.text import Text
 
 from tokexport.engines.accuracy_text import figure_rows, remarks
+from tokexport.engines.compare import difference_of
 from tokexport.engines.method_cost import method_contents
 from tokexport.exporter.bundle import Bundle
 from tokexport.exporter.graph_io import GRAPHS, GraphName, TensorIO, node_scope, stage_name
@@ -96,7 +97,8 @@ def verify_table(report: Mapping[str, Any]) -> Table:
     table = new_table("step", "check", "off by", "at most", "", title=f"parity, {report['dtype']}")
     last_step = ""
     for check in _gathered(report["checks"]):
-        found = "-" if check["max_abs_diff"] is None else f"{check['max_abs_diff']:.2g}"
+        off_by = difference_of(check)
+        found = "-" if off_by is None else f"{off_by:.2g}"
         verdict = Text("ok", "green") if check["passed"] else Text("failed", "red")
         note = f" ({check['note']})" if check["note"] else ""
         step = "" if check["step"] == last_step else check["step"]
@@ -183,7 +185,8 @@ def bundle_tables(bundle: Bundle, description: Mapping[str, Any]) -> list[Table]
     what.add_row("methods", ", ".join(step.method for step in recipe.compress) or "none")
     kept = keep_text(bundle.spec.num_vision_tokens, bundle.plan.mean_vision_tokens)
     what.add_row("vision tokens", f"{kept} per layer")
-    what.add_row("precision", recipe.export.dtype)
+    quantized = f"; {recipe.quantize}" if recipe.quantize.is_active else ""
+    what.add_row("precision", f"{recipe.export.dtype}{quantized}")
     what.add_row("made with", ", ".join(f"{name} {number}" for name, number in bundle.manifest.versions.items()))
     graphs = new_table("graph", "tensor", "dtype", "shape", title="inputs and outputs")
     for graph in GRAPHS:
@@ -250,6 +253,6 @@ def _gathered(checks: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
         if before is None:
             worst[key] = check
         else:
-            larger = max(check, before, key=lambda entry: entry["max_abs_diff"])
+            larger = max(check, before, key=lambda entry: difference_of(entry) or 0.0)
             worst[key] = {**larger, "name": f"{kind}, all", "note": check["note"] or before["note"]}
     return list(worst.values())

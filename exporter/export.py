@@ -47,7 +47,9 @@ from tokexport.exporter.graph_io import (
 )
 from tokexport.exporter.method import Method, arriving_plans, load_methods, tables_of
 from tokexport.exporter.modules.bottleneck import Bottleneck
+from tokexport.exporter.passes.quantize_weights import QuantizeWeights
 from tokexport.exporter.plan import DTYPE_BYTES, TokenPlan, plan_report
+from tokexport.exporter.quantization import quantized_layers, require_layers
 from tokexport.exporter.trace import bind_weights, trace
 from tokexport.exporter.weights import AddedWeights, Weights
 from tokexport.recipes.load import recipe_table, recipe_toml
@@ -163,10 +165,11 @@ def export(
     progress("reading the checkpoint")
     weights = made.open_weights()
     num_parameters = sum(math.prod(shape) for shape in weights.shapes.values())
-    if twin is None:
-        writer.require_room(int(num_parameters * DTYPE_BYTES[made.recipe.export.dtype] * 1.05) + (16 << 20))
     with torch.device("meta"):
         modules = made.modules()
+    require_layers(modules, made.recipe.quantize)
+    if twin is None:
+        writer.require_room(int(num_parameters * DTYPE_BYTES[made.recipe.export.dtype] * 1.05) + (16 << 20))
     interfaces = made.graph_io()
     for graph in GRAPHS:
         progress(f"tracing {graph}")
@@ -239,8 +242,13 @@ def _traced(
     model.graph.name = graph
     model.producer_name, model.producer_version = "tokexport", library_versions().get("tokexport", "")
     bound = bind_weights(model, weights, weight_names(graph, module, made.model.family), dtype)
+    quantize = QuantizeWeights(
+        {bound[name]: layer for name, layer in quantized_layers(graph, module, made.recipe.quantize).items()}
+    )
+    quantize(model)
     # What a method learned is small and not shared with an artefact without it, so it stays in the graph's file.
-    return model, [name for name in bound if not name.startswith(STAGES)]
+    names = [name for parameter, name in bound.items() if not parameter.startswith(STAGES)]
+    return model, [stored for name in names for stored in quantize.stored.get(name, (name,))]
 
 
 def _store_weights(model: ir.Model, bound: Sequence[str], folder: Path, file_name: str) -> None:

@@ -95,7 +95,7 @@ def trace(module: nn.Module, io: GraphIO, *, dtype: str, vision: int = 0) -> ir.
     return model
 
 
-def bind_weights(model: ir.Model, weights: Weights, names: Mapping[str, str], dtype: str) -> list[str]:
+def bind_weights(model: ir.Model, weights: Weights, names: Mapping[str, str], dtype: str) -> dict[str, str]:
     """Give every initializer without a value the tensor it stands for, read when it is needed.
 
     Args:
@@ -105,7 +105,7 @@ def bind_weights(model: ir.Model, weights: Weights, names: Mapping[str, str], dt
         dtype: what floating-point weights are converted to.
 
     Returns:
-        The initializers that are weights, in the order of the graph.
+        For each parameter the name of its initializer, in the order of the graph.
     """
     bound: list[str] = []
     for name, value in model.graph.initializers.items():
@@ -115,7 +115,7 @@ def bind_weights(model: ir.Model, weights: Weights, names: Mapping[str, str], dt
             bound.append(name)
     fold = FoldWeightTransposes()
     fold(model)
-    return [fold.renamed.get(name, name) for name in bound]
+    return {name: fold.renamed.get(name, name) for name in bound}
 
 
 def _lazy(name: str, stored_name: str, weights: Weights, shape: ir.Shape, dtype: str) -> ir.LazyTensor:

@@ -10,7 +10,16 @@ from typing import Any
 import tomli_w
 
 from tokexport.errors import RecipeError, nearest
-from tokexport.recipes.schema import CompressTable, ExportTable, ModelTable, PlanTable, Recipe, SessionTable
+from tokexport.recipes.schema import (
+    Bits,
+    CompressTable,
+    ExportTable,
+    ModelTable,
+    PlanTable,
+    QuantizeTable,
+    Recipe,
+    SessionTable,
+)
 from tokexport.recipes.tables import parse_table, table_of
 
 DEFAULT_RECIPE = "mini_adsc"
@@ -42,7 +51,13 @@ def load_recipe(name_or_path: str, settings: Sequence[str] = ()) -> Recipe:
 
 def parse_recipe(name: str, table: Mapping[str, Any]) -> Recipe:
     """Make a recipe from its tables."""
-    sections = {"model": ModelTable, "export": ExportTable, "session": SessionTable, "plan": PlanTable}
+    sections = {
+        "model": ModelTable,
+        "export": ExportTable,
+        "quantize": QuantizeTable,
+        "session": SessionTable,
+        "plan": PlanTable,
+    }
     known = ["name", "description", "compress", *sections]
     for key in table:
         if key not in known:
@@ -67,6 +82,7 @@ def override(
     adapter: str | None = None,
     compressor: str | None = None,
     dtype: str | None = None,
+    quantize: Bits | None = None,
 ) -> Recipe:
     """Return the recipe with the options of the command line; None leaves what it says.
 
@@ -86,10 +102,12 @@ def override(
     table["model"] |= {key: value for key, value in changes.items() if value is not None}
     if dtype is not None:
         table["export"]["dtype"] = dtype
-    parsed = {
+    parsed: dict[str, Any] = {
         key: parse_table(cls, table[key], f"[{key}]") for key, cls in (("model", ModelTable), ("export", ExportTable))
     }
     recipe = recipe if compressor is None else with_compressor(recipe, compressor)
+    if quantize is not None:
+        parsed["quantize"] = QuantizeTable.everywhere(quantize)
     return replace(recipe, **parsed)
 
 

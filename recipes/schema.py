@@ -2,12 +2,17 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 from tokexport.errors import RecipeError
 
 DType = Literal["float32", "float16", "bfloat16"]
 WeightSource = Literal["checkpoint", "random"]
+Bits = Literal["none", "int8", "int4"]
+
+
+# Those of the operator that multiplies blocks.
+BLOCK_SIZES = (16, 32, 64, 128, 256)
 
 
 def _at_least(name: str, value: int, least: int) -> None:
@@ -59,6 +64,54 @@ class ExportTable:
 
 
 @dataclass(frozen=True, kw_only=True)
+class QuantizeTable:
+    """Which weights are stored and multiplied in fewer bits.
+
+    ``int8`` rounds a matrix by output channel and, while the graph runs, what it is multiplied with by tensor; ``int4``
+    rounds the matrix alone, ``block_size`` inputs of a channel together. Norms, biases, convolutions and what a
+    compression method learned stay as they are.
+
+    Attributes:
+        vision_encoder: of tower and projector.
+        embed_tokens: of the table of embeddings, ``none`` or ``int8``.
+        decoder: of the language model.
+        keep: names of layers that stay as they are, with ``*`` for any characters, e.g. ``lm_head`` or ``layers.0.*``.
+        block_size: of ``int4``.
+    """
+
+    vision_encoder: Bits = "none"
+    embed_tokens: Bits = "none"
+    decoder: Bits = "none"
+    keep: tuple[str, ...] = ()
+    block_size: int = 32
+
+    def __post_init__(self) -> None:
+        if self.embed_tokens == "int4":
+            raise RecipeError('[quantize] embed_tokens = "int4" is not known; a table of embeddings takes int8 or none')
+        if self.block_size not in BLOCK_SIZES:
+            raise RecipeError(f"[quantize] block_size = {self.block_size} must be one of {BLOCK_SIZES}")
+        if self.keep and not self.is_active:
+            raise RecipeError(
+                '[quantize] keep says what is not quantized, and nothing is; say what is, e.g. decoder = "int8"'
+            )
+
+    @property
+    def is_active(self) -> bool:
+        """Whether anything is quantized."""
+        return {self.vision_encoder, self.embed_tokens, self.decoder} != {"none"}
+
+    @classmethod
+    def everywhere(cls, bits: Bits) -> Self:
+        """Return the table that quantizes all that can be."""
+        return cls(vision_encoder=bits, embed_tokens="none" if bits == "none" else "int8", decoder=bits)
+
+    def __str__(self) -> str:
+        parts = {"vision": self.vision_encoder, "embeddings": self.embed_tokens, "decoder": self.decoder}
+        kept = f", but not {', '.join(self.keep)}" if self.keep else ""
+        return ", ".join(f"{part} {bits}" for part, bits in parts.items() if bits != "none") + kept
+
+
+@dataclass(frozen=True, kw_only=True)
 class SessionTable:
     """How much room a session reserves when the caller does not say."""
 
@@ -89,5 +142,13 @@ class Recipe:
     model: ModelTable
     compress: tuple[CompressTable, ...] = ()
     export: ExportTable = ExportTable()
+    quantize: QuantizeTable = QuantizeTable()
     session: SessionTable = SessionTable()
     plan: PlanTable = PlanTable()
+
+    def __post_init__(self) -> None:
+        if self.quantize.is_active and self.export.dtype != "float32":
+            raise RecipeError(
+                f"[quantize] is for graphs that otherwise compute in float32, and [export] dtype is "
+                f"{self.export.dtype}; leave one of them out"
+            )

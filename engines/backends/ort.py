@@ -17,4 +17,4 @@ class Ort(Backend):
 
     def open(self, bundle: Bundle, options: SessionOptions) -> OrtSession:
         self.require(bundle.recipe.export.dtype)
-        return OrtSession(bundle, options, rewritten_decoder(bundle))
+        return OrtSession(bundle, options, rewritten_decoder(bundle), is_fast=True)

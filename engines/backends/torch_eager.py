@@ -18,6 +18,7 @@ from tokexport.engines.source import source_design
 from tokexport.exporter.bundle import Bundle
 from tokexport.exporter.export import Design, weight_names
 from tokexport.exporter.graph_io import GRAPHS, GraphName
+from tokexport.exporter.modules.rounding import round_layers
 from tokexport.exporter.weights import Weights
 
 # What a method makes of image features, and its parts.
@@ -25,7 +26,7 @@ _STAGES = re.compile(r"stages\.[^.]+(\.[^.]+)?")
 
 
 class TorchEager(Backend):
-    """The compressed model in PyTorch."""
+    """The compressed model in PyTorch, not quantized, whatever its graphs are."""
 
     runtime = "PyTorch"
     runs_graphs = False
@@ -35,14 +36,23 @@ class TorchEager(Backend):
 
 
 class TorchSession(Session):
-    """The modules of a design with their weights, in the precision of the export."""
+    """The modules of a design with their weights, in the precision of the export.
 
-    def __init__(self, made: Design, options: SessionOptions) -> None:
+    Args:
+        made: the design.
+        options: room and threads.
+        is_quantized: round what the recipe quantizes as its graphs do; otherwise nothing is rounded.
+    """
+
+    def __init__(self, made: Design, options: SessionOptions, *, is_quantized: bool = False) -> None:
         super().__init__(made.model.spec, made.plan, options)
         torch.set_num_threads(options.threads or available_cores())
         self._dtype = getattr(torch, made.recipe.export.dtype)
         self._tapped = made.model.family.vision_layers
         self._modules = _loaded_modules(made, self._dtype)
+        if is_quantized:
+            for graph, module in self._modules.items():
+                round_layers(graph, module, made.recipe.quantize)
         self._cache = [
             (self._empty(self.capacities[group]), self._empty(self.capacities[group]))
             for group in made.plan.group_of_layer

@@ -247,9 +247,7 @@ def _dying() -> Asker:
 
 
 def test_a_process_that_ends_is_told():
-    with pytest.raises(
-        TokexportError, match=r"^one of 2 processes ended, perhaps for lack of memory;"
-    ):
+    with pytest.raises(TokexportError, match=r"^one of 2 processes ended, perhaps for lack of memory;"):
         list(ask_in_processes(_dying, open_dialogues(dialogues=4), 2))
 
 

@@ -3,6 +3,7 @@
 import math
 import tomllib
 from collections.abc import Callable
+from dataclasses import asdict
 from importlib import resources
 from typing import get_args
 
@@ -15,13 +16,17 @@ from tokexport.engines.compare import (
     Kind,
     Tolerance,
     compare_choices,
+    compare_counts,
     compare_indices,
     compare_tensors,
+    difference_of,
     load_tolerances,
 )
 from tokexport.errors import RecipeError
 from tokexport.exporter.plan import DTYPE_BYTES
 from tokexport.recipes.tables import parse_table
+
+QUANTIZATION = ("int8", "int4", "bytes")
 
 Damage = Callable[[NDArray[np.float32]], NDArray[np.float32]]
 
@@ -95,6 +100,21 @@ def test_numbers_of_a_check_are_those_worked_out_by_hand():
     check = compare_tensors("x", np.array([3.0, 0.0]), np.array([0.0, 4.0]), TIGHT, step="s", graph="g", layer=7)
     assert (check.max_abs_diff, check.mean_abs_diff, check.cosine, check.norm_ratio) == (4.0, 3.5, 0.0, 0.75)
     assert (check.step, check.graph, check.layer) == ("s", "g", 7)
+
+
+def test_a_bound_on_the_norm_is_a_part_of_what_is_expected():
+    expected, found = np.array([3.0, 4.0]), np.array([3.0, 4.5])
+    for bound, passed in ((0.11, True), (0.09, False)):
+        check = compare_tensors("x", found, expected, Tolerance(norm=bound, reason="for the test"))
+        assert (check.passed, check.norm_diff, check.tolerance) == (passed, pytest.approx(0.1), bound)
+        assert difference_of(asdict(check)) == pytest.approx(0.1)
+    assert difference_of(asdict(compare_tensors("x", found, expected, TIGHT))) == 0.5
+
+
+def test_counts_name_the_first_part_that_differs():
+    check = compare_counts("numbers", {"a": 0, "b": 2, "c": 3})
+    assert (check.passed, check.max_abs_diff, check.note) == (False, 5, "5 numbers differ, the first in b")
+    assert compare_counts("numbers", {"a": 0}).passed
 
 
 def test_another_shape_is_named():
@@ -188,7 +208,7 @@ def test_every_tolerance_has_a_reason_and_bounds_something(dtype: str):
 
 def test_there_are_no_tolerances_for_a_precision_that_cannot_be_exported():
     text = (resources.files("tokexport.engines") / "tolerances.toml").read_text(encoding="utf-8")
-    assert set(tomllib.loads(text)) == set(DTYPE_BYTES)
+    assert set(tomllib.loads(text)) == {*DTYPE_BYTES, *QUANTIZATION}
 
 
 def test_no_tolerance_of_float32_reaches_one_in_a_thousand():

@@ -5,6 +5,7 @@
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -21,7 +22,7 @@ from tokexport.engines.source import source_design
 from tokexport.errors import BackendUnavailableError, CheckpointError
 from tokexport.exporter.bundle import Bundle
 from tokexport.exporter.graph_io import GraphName
-from tokexport.recipes.schema import Recipe
+from tokexport.recipes.schema import QuantizeTable, Recipe
 
 Export = Callable[[Recipe], Bundle]
 Copy = Callable[[Bundle], Bundle]
@@ -345,3 +346,65 @@ def test_the_reference_is_transformers_with_fused_attention(tiny_adsc: Bundle):
     model = load_reference(source_design(tiny_adsc, AS_BUILT))
     assert model.config.get_text_config()._attn_implementation == "sdpa"
     assert all(parameter.dtype == torch.float32 for parameter in model.parameters())
+
+
+# What is quantized
+
+QUANTIZED = {
+    "int8": QuantizeTable.everywhere("int8"),
+    "int4": replace(QuantizeTable.everywhere("int4"), block_size=16),
+    "mixed": QuantizeTable(vision_encoder="int8", decoder="int4", keep=("lm_head", "layers.0.*"), block_size=16),
+    "table": QuantizeTable(embed_tokens="int8"),
+}
+
+
+@pytest.fixture(scope="module")
+def quantized(checkpoint: Path, exported: Export) -> Callable[[str], Bundle]:
+    return lambda name: exported(replace(recipe_for(checkpoint, adsc()), quantize=QUANTIZED[name]))
+
+
+@pytest.mark.parametrize("name", QUANTIZED)
+def test_the_ladder_of_a_quantized_artefact_has_a_step_for_it(quantized: Callable[[str], Bundle], name: str):
+    verification = climbed(quantized(name))
+    assert verification.first_failure is None
+    steps = list(dict.fromkeys(check.step for check in verification.checks))
+    assert steps[2:] == [
+        "reference vs quantized reference",
+        "quantized reference vs ort-portable",
+        "ort-portable vs ort",
+    ]
+    rounded = [check.graph for check in verification.checks if check.name == "rounded weights"]
+    assert len(rounded) == {"int8": 3, "int4": 3, "mixed": 2, "table": 1}[name]
+    lost = [check for check in verification.checks if check.step == steps[2] and check.name == "logits, turn 1"]
+    # Rounding is there, and is little.
+    assert 1e-5 < (lost[0].norm_diff or 0) < lost[0].tolerance < 1
+
+
+def test_graphs_of_four_bits_are_proved_as_tightly_as_those_of_float32(quantized: Callable[[str], Bundle]):
+    checks = [check for check in climbed(quantized("int4")).checks if check.step.startswith("quantized reference")]
+    assert {check.norm_diff for check in checks} == {None}
+    assert any(check.name == "greedy tokens, turn 3" for check in checks)
+
+
+@pytest.mark.parametrize(("name", "graph"), [("int8", "decoder_model_merged"), ("int4", "vision_encoder")])
+def test_another_whole_number_fails(quantized: Callable[[str], Bundle], copied: Copy, name: str, graph: GraphName):
+    bundle = copied(quantized(name))
+    (stored, *_) = [value for value in external_weights(bundle, graph, f".{name}") if "layers.1" in value]
+    tensor = ir.load(bundle.graph_path(graph)).graph.initializers[stored].const_value
+    assert isinstance(tensor, ir.ExternalTensor)
+    data = np.memmap(tensor.path, np.uint8, "r+", tensor.offset or 0)
+    data[5] ^= 1
+    data.flush()
+    del data
+    failure = failure_text(climbed(with_checksums_of_today(bundle)))
+    layer = stored.removesuffix(f".transposed.{name}")
+    where = f"parity failed at quantized reference vs ort-portable, {graph}: rounded weights"
+    assert failure == f"{where} 1 numbers differ, the first in {layer}"
+
+
+def test_another_scale_of_bytes_fails(quantized: Callable[[str], Bundle], copied: Copy):
+    bundle = copied(quantized("int8"))
+    (name, *_) = [value for value in external_weights(bundle, "vision_encoder", ".scale") if "layers.1" in value]
+    first = climbed(change_weight(bundle, "vision_encoder", name)).first_failure
+    assert first is not None
+    assert first.step == "quantized reference vs ort-portable"

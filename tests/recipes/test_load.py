@@ -151,6 +151,13 @@ def test_of_two_settings_of_one_key_the_last_counts():
         ("session.max_images=-1", "[session] max_images = -1 must be at least 0"),
         ("plan.text_tokens=-1", "[plan] text_tokens = -1 must be at least 0"),
         ("model.num_layers=0", "[model] num_layers = 0 must be at least 1"),
+        ("quantize.decoder=int2", '[quantize] decoder = "int2" is not known; did you mean \'int'),
+        (
+            "quantize.embed_tokens=int4",
+            '[quantize] embed_tokens = "int4" is not known; a table of embeddings takes int8',
+        ),
+        ("quantize.block_size=48", "[quantize] block_size = 48 must be one of (16, 32, 64, 128, 256)"),
+        ('quantize.keep=["lm_head"]', "[quantize] keep says what is not quantized, and nothing is; say what is"),
         ("export=3", "[export] must be a table, not 3"),
         ("compress=3", "compress must be an array of tables; write [[compress]] with two pairs of brackets"),
         ("compress.0.method=3", '[[compress]] number 0 needs a method, e.g. method = "adsc"'),
@@ -279,6 +286,7 @@ def test_an_override_without_values_changes_nothing():
         ({"num_layers": 4}, '[model] num_layers = 4 cuts the model, which only weights = "random" allows'),
         ({"weights": "randon"}, "[model] weights = \"randon\" is not known; did you mean 'random'?"),
         ({"weights": "random", "num_layers": 0}, "[model] num_layers = 0 must be at least 1"),
+        ({"dtype": "float16", "quantize": "int8"}, "[quantize] is for graphs that otherwise compute in float32, and"),
         ({"dtype": "float17"}, "[export] dtype = \"float17\" is not known; did you mean 'float16'?"),
     ],
 )
@@ -286,6 +294,13 @@ def test_an_override_that_contradicts_the_recipe_is_refused(options: dict[str, o
     with pytest.raises(RecipeError) as caught:
         override(load_recipe("llava15_adsc"), **options)  # pyright: ignore[reportArgumentType]
     assert str(caught.value).startswith(text)
+
+
+def test_one_word_quantizes_all_graphs():
+    quantize = override(load_recipe("llava15_adsc"), dtype="float32", quantize="int4").quantize
+    assert (quantize.vision_encoder, quantize.embed_tokens, quantize.decoder) == ("int4", "int8", "int4")
+    assert str(quantize) == "vision int4, embeddings int8, decoder int4"
+    assert not override(load_recipe("mini_adsc", ["quantize.decoder=int8"]), quantize="none").quantize.is_active
 
 
 def test_a_recipe_without_compression_is_complete():
