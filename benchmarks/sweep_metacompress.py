@@ -133,6 +133,7 @@ class FixedMatrix(nn.Module):
         made = design(load_recipe("mini_full", [f"compress=[{step}]"]))
         stage = made.methods[0].feature_stage(made.model.spec, made.plans[0])
         assert stage is not None
+        self.plan = made.plans[1]
         self.register_buffer("matrix_1MN", stage(torch.eye(made.plans[0].entering_llm).unsqueeze(0)))
 
     def forward(self, features_IND: Tensor) -> Tensor:
@@ -168,7 +169,8 @@ def main(keep: int, steps: int, conversations: int, only: tuple[str, ...], threa
     click.echo("| variant | untrained | trained |\n|---|---:|---:|")
     whole = CompressedLlava(llava, {})
     for method in _OPTIONS:
-        click.echo(f"| {method} | {_right(Distiller(whole, whole, FixedMatrix(method, keep)), asked)} | – |")
+        matrix = FixedMatrix(method, keep)
+        click.echo(f"| {method} | {_right(Distiller(whole, whole, matrix, plan=matrix.plan), asked)} | – |")
     for number, (name, learner) in enumerate(learners.items()):
         learner.store(out / f"{number}_{keep}_{steps}" / "compressor.safetensors")
         click.echo(f"| {name} | {untrained[name]} | {_right(learner.distiller, asked)} |")

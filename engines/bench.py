@@ -150,7 +150,7 @@ def _require_measurable(engine: str, made: Design, workload: Workload, controls:
     for control in controls if made.methods else ():
         if control not in (step.method for step in made.recipe.compress):
             plan_tokens(load_methods([_control(control, made)]), spec)
-    longest = made.plan.entering_llm + workload.text_tokens + workload.new_tokens
+    longest = made.plan.num_positions + workload.text_tokens + workload.new_tokens
     if longest > spec.max_positions:
         raise InputError(
             f"{longest} tokens are more than the {spec.max_positions} positions of the model; ask for "

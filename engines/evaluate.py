@@ -284,7 +284,7 @@ def _check(dialogue: Dialogue, metric: Metric) -> None:
 
 def _no_room(vlm: Vlm) -> str:
     room, positions = vlm.session.options.max_text_tokens, vlm.session.spec.max_positions
-    if room + vlm.session.plan.entering_llm >= positions:
+    if room + vlm.session.plan.num_positions >= positions:
         return f"the answer does not fit behind the {positions} positions of the model; ask fewer turns a dialogue"
     return f"the answer does not fit into a cache for {room} text tokens; raise --max-text-tokens"
 

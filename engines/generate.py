@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from tokexport.engines.backend import Array, DecoderStep, Session
 from tokexport.errors import InputError
+from tokexport.exporter.plan import TokenPlan
 
 IMAGE = -1
 """Stands in a prompt's token ids where an image goes."""
@@ -176,22 +177,21 @@ class Conversation:
         session = self.session
         prefix_embeds, suffix_embeds = self._embed(prefix), self._embed(suffix)
         features = prefix_embeds[:, :0] if image is None else image
-        num_text, num_vision = len(prefix) + len(suffix), features.shape[1]
-        start, num_new = self._position, num_text + num_vision
+        num_text = len(prefix) + len(suffix)
         kept = session.plan.groups[-1].vision_tokens if image is not None else 0
         last = num_text + kept - 1
         step = DecoderStep(
             prefix_embeds=prefix_embeds,
             image_features=features,
             suffix_embeds=suffix_embeds,
-            position_ids=np.arange(start, start + num_new, dtype=np.int64)[None],
+            position_ids=_positions(session.plan, len(prefix), image is not None, len(suffix))[None] + self._position,
             past_lengths=np.array(self.lengths, dtype=np.int64)[:, None],
             logits_to_keep=np.arange(0 if all_logits else last, last + 1, dtype=np.int64),
         )
         logits_BQW = session.decode(step)
         self.text_tokens += num_text
         self.num_images += image is not None
-        self._position += num_new
+        self._position += num_text + (session.plan.num_positions if image is not None else 0)
         return logits_BQW[0]
 
     def _embed(self, token_ids: Sequence[int]) -> Array:
@@ -218,7 +218,7 @@ class Conversation:
                 f"{self.text_tokens + num_text} text tokens ({num_text} of them new) do not fit into a cache for "
                 f"{session.options.max_text_tokens}; shorten the prompt or raise --max-text-tokens"
             )
-        end = self._position + num_text + markers * session.plan.entering_llm
+        end = self._position + num_text + markers * session.plan.num_positions
         if end > session.spec.max_positions:
             raise InputError(
                 f"the conversation would reach position {end} and the model has "
@@ -230,6 +230,14 @@ class Conversation:
                 f"token id {bad[0]} is outside the model's vocabulary of {session.spec.vocab_size}; the "
                 "tokenizer is another model's"
             )
+
+
+def _positions(plan: TokenPlan, num_before: int, has_image: bool, num_after: int) -> NDArray[np.int64]:
+    """Return rotary positions, from 0, of text, an image and text behind it."""
+    places, width = (plan.places, plan.num_positions) if has_image else ((), 0)
+    within = np.arange(width) if places is None else np.array(places, np.int64)
+    behind = num_before + width
+    return np.concatenate((np.arange(num_before), num_before + within, np.arange(behind, behind + num_after)))
 
 
 def _spans(

@@ -12,7 +12,7 @@ from typing import Any, Literal
 from tokexport.errors import RecipeError
 
 PositionPolicy = Literal["keep", "renumber"]
-"""Rotary positions of the tokens behind a bottleneck: those they came with, or 0, 1, 2, ..."""
+"""Rotary positions of the tokens that stay: those they came with, or side by side."""
 
 # torch.export takes a dimension of 0 or 1 for fixed, and the graph could not be run without an image.
 _LEAST_KEEP = 2
@@ -68,16 +68,22 @@ class TokenPlan:
         per_layer: tokens that enter each decoder layer.
         grid: rows and columns of the tokens entering the language model, None once they are no
             longer a grid.
+        places: of the tokens entering the language model among those emitted, which are then their rotary positions
+            within the image, ascending; None where they stand side by side.
     """
 
     emitted: int
     entering_llm: int
     per_layer: tuple[int, ...]
     grid: tuple[int, int] | None = None
+    places: tuple[int, ...] | None = None
 
     def __post_init__(self) -> None:
         chain = (self.emitted, self.entering_llm, *self.per_layer)
         assert all(before >= after >= 1 for before, after in pairwise(chain)), chain
+        if self.places is not None:
+            assert len(self.places) == self.entering_llm, self
+            assert all(before <= after for before, after in pairwise((0, *self.places, self.emitted - 1))), self
 
     @classmethod
     def uncompressed(cls, spec: VlmSpec) -> "TokenPlan":
@@ -93,8 +99,15 @@ class TokenPlan:
         count = grid[0] * grid[1]
         return replace(self, emitted=count, entering_llm=count, per_layer=(count,) * len(self.per_layer), grid=grid)
 
-    def thinned_before_llm(self, keep: int, grid: tuple[int, int] | None = None) -> "TokenPlan":
+    def thinned_before_llm(
+        self, keep: int, grid: tuple[int, int] | None = None, *, places: Sequence[int] | None = None
+    ) -> "TokenPlan":
         """Return the plan with ``keep`` tokens entering the model.
+
+        Args:
+            keep: how many.
+            grid: their rows and columns, if they have any.
+            places: among the tokens that arrive, whose positions they keep; by default they stand side by side.
 
         Raises:
             RecipeError: tokens are already dropped inside the model, which comes behind.
@@ -104,7 +117,14 @@ class TokenPlan:
                 "[[compress]] a method that drops tokens before the language model stands behind one that drops "
                 "them inside; change their order"
             )
-        return replace(self, entering_llm=keep, per_layer=tuple(min(keep, n) for n in self.per_layer), grid=grid)
+        before = range(self.emitted) if self.places is None else self.places
+        return replace(
+            self,
+            entering_llm=keep,
+            per_layer=tuple(min(keep, n) for n in self.per_layer),
+            grid=grid,
+            places=None if places is None else tuple(before[place] for place in places),
+        )
 
     def thinned_before_layer(self, layer: int, keep: int) -> "TokenPlan":
         """Return the plan with at most ``keep`` tokens from ``layer`` on."""
@@ -131,6 +151,11 @@ class TokenPlan:
     def group_of_layer(self) -> tuple[int, ...]:
         """For each layer, the number of its group."""
         return tuple(number for number, group in enumerate(self.groups) for _ in range(group.num_layers))
+
+    @property
+    def num_positions(self) -> int:
+        """Rotary positions that an image takes up."""
+        return self.entering_llm if self.places is None else self.emitted
 
     @property
     def mean_vision_tokens(self) -> float:

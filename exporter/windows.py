@@ -11,7 +11,7 @@ from typing import Literal
 
 from tokexport.errors import RecipeError
 from tokexport.exporter.method import Method
-from tokexport.exporter.plan import TokenPlan, VlmSpec, resolve_keep, squarest_grid
+from tokexport.exporter.plan import PositionPolicy, TokenPlan, VlmSpec, resolve_keep, squarest_grid
 
 Pattern = Literal["stride", "grid"]
 # Of the sides of a cell; where no product is squarer, the nearest counts that are do better.
@@ -39,6 +39,18 @@ class Windows:
         """How many tokens come out."""
         return math.prod(self.kept)
 
+    @property
+    def centres(self) -> tuple[int, ...]:
+        """The token in the middle of each window, the first of two."""
+        along = [
+            [number * stride + (kernel - 1) // 2 for number in range(kept)]
+            for kernel, stride, kept in zip(self.kernel, self.stride, self.kept, strict=True)
+        ]
+        if len(along) == 1:
+            return tuple(along[0])
+        rows, columns = along
+        return tuple(self.arriving[1] * row + column for row in rows for column in columns)
+
 
 @dataclass(frozen=True, kw_only=True)
 class Windowed(Method, ABC):
@@ -49,17 +61,20 @@ class Windowed(Method, ABC):
         kernel: tokens that a window covers, along each axis.
         stride: tokens from one window to the next, along each axis.
         pattern: ``stride`` lays windows along the row-major sequence, ``grid`` along rows and columns.
+        positions: ``renumber`` puts the tokens side by side, ``keep`` where the middle of its window was.
     """
 
     keep: int | float | None = None
     kernel: int | None = None
     stride: int | None = None
     pattern: Pattern = "grid"
+    positions: PositionPolicy = "renumber"
 
     def plan(self, spec: VlmSpec, arriving: TokenPlan) -> TokenPlan:
         windows = self.windows(arriving)
         grid = (windows.kept[0], windows.kept[1]) if len(windows.kept) == 2 else None
-        return arriving.thinned_before_llm(windows.count, grid)
+        places = windows.centres if self.positions == "keep" else None
+        return arriving.thinned_before_llm(windows.count, grid, places=places)
 
     def windows(self, arriving: TokenPlan) -> Windows:
         """Return the windows over the tokens that arrive.

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers import LlavaForConditionalGeneration
 
-from tokexport.exporter.plan import PositionPolicy
+from tokexport.exporter.plan import PositionPolicy, TokenPlan
 
 NO_LABEL = -100
 """Stands in the labels where a token is not learned; the value that PyTorch's cross entropy leaves out."""
@@ -69,17 +69,26 @@ class CompressedLlava(nn.Module):
         return torch.stack(tuple(seen.pooler_output))
 
     def answer(
-        self, features_IND: Tensor, input_ids: Tensor, labels: Tensor, read: Tensor | None = None
+        self,
+        features_IND: Tensor,
+        input_ids: Tensor,
+        labels: Tensor,
+        read: Tensor | None = None,
+        plan: TokenPlan | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Return logits (A, W) of the labelled tokens and their labels (A,), row by row.
 
-        The arguments are those of ``forward``, with features in place of pixels.
+        The arguments are those of ``forward``, with features in place of pixels, and ``plan``, which says where the
+        features stand that enter the language model, where others arrived.
         """
         is_image_BT = input_ids == self.image_token
         hidden_BTD = self._embedded(features_IND, input_ids, read)
         position_BT = torch.arange(input_ids.shape[1], device=input_ids.device).expand_as(input_ids)
         if read is not None:
             position_BT = _positions_of_all(position_BT, is_image_BT, read, features_IND.shape[1])
+        if plan is not None and plan.places is not None:
+            places_BM = torch.tensor(plan.places, device=input_ids.device).expand(len(input_ids), -1)
+            position_BT = _positions_of_all(position_BT, is_image_BT, places_BM, plan.num_positions)
         # What a token is to say is the next token's label; so labels can go where their tokens go.
         target_BT = functional.pad(labels[:, 1:], (0, 1), value=NO_LABEL)
         hidden_BTD, target_BT = self._decoded(hidden_BTD, target_BT, position_BT, is_image_BT)
@@ -165,7 +174,8 @@ def kept_places(is_image_BT: Tensor, index: Sequence[int]) -> Tensor:
 
 def _positions_of_all(position_BT: Tensor, is_image_BT: Tensor, read_BM: Tensor, num_image_tokens: int) -> Tensor:
     """Return where the tokens would stand if the images were read whole, (B, T)."""
+    has_image_B1 = is_image_BT.any(1, keepdim=True)
     first_B1 = is_image_BT.int().argmax(1, keepdim=True)
-    is_behind_BT = (position_BT > first_B1) & ~is_image_BT
+    is_behind_BT = (position_BT > first_B1) & ~is_image_BT & has_image_B1
     position_BT = position_BT + is_behind_BT * (num_image_tokens - read_BM.shape[1])
-    return position_BT.masked_scatter(is_image_BT, first_B1 + read_BM)
+    return position_BT.masked_scatter(is_image_BT, (first_B1 + read_BM)[has_image_B1[:, 0]])

@@ -85,6 +85,7 @@ class Distiller(nn.Module):
         teacher: the model, nothing compressed; frozen.
         student: the same with what a recipe thins inside the language model.
         matrix: makes matrices (I, M, N) of image features (I, N, D); the only part that learns.
+        plan: says where the M stand, by default side by side.
         entropy: see ``Distillation``.
         column: see ``Distillation``.
     """
@@ -95,11 +96,12 @@ class Distiller(nn.Module):
         student: CompressedLlava,
         matrix: nn.Module,
         *,
+        plan: TokenPlan | None = None,
         entropy: float = 1.0,
         column: float = 1.0,
     ) -> None:
         super().__init__()
-        self.teacher, self.student, self.matrix = teacher, student, matrix
+        self.teacher, self.student, self.matrix, self._plan = teacher, student, matrix, plan
         self._entropy, self._column = entropy, column
 
     def forward(
@@ -136,7 +138,7 @@ class Distiller(nn.Module):
             lesson.input_ids, lesson.labels, self.teacher.image_token, matrix_IMN.shape[1]
         )
         mixed_IMD = matrix_IMN @ lesson.features_IND.to(matrix_IMN.dtype)
-        found_AW, _ = self.student.answer(mixed_IMD, short_ids, short_labels)
+        found_AW, _ = self.student.answer(mixed_IMD, short_ids, short_labels, plan=self._plan)
         divergence = functional.kl_div(
             found_AW.log_softmax(-1), lesson.expected_AW.log_softmax(-1), reduction="batchmean", log_target=True
         )
@@ -230,7 +232,14 @@ def distiller_of(
 ) -> Distiller:
     """Return what compares a recipe's model with itself behind ``matrix`` and behind what thins later."""
     teacher, student = CompressedLlava(llava, {}), CompressedLlava(llava, _thinnings_behind(made))
-    return Distiller(teacher, student, matrix, entropy=distillation.entropy, column=distillation.column)
+    return Distiller(
+        teacher,
+        student,
+        matrix,
+        plan=made.plans[1],
+        entropy=distillation.entropy,
+        column=distillation.column,
+    )
 
 
 def run_settings(made: Design, material: Material, distillation: Distillation) -> dict[str, Any]:

@@ -68,4 +68,5 @@ class MetaCompress(Windowed):
             "tokens": " x ".join(map(str, windows.arriving)),
             "kernel": " x ".join(map(str, windows.kernel)),
             "stride": " x ".join(map(str, windows.stride)),
+            "positions": self.positions,
         }

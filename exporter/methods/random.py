@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from tokexport.exporter.method import Method
-from tokexport.exporter.plan import TokenPlan, VlmSpec, resolve_keep
+from tokexport.exporter.plan import PositionPolicy, TokenPlan, VlmSpec, resolve_keep
 
 if TYPE_CHECKING:
     from torch import nn
@@ -18,17 +18,23 @@ class Random(Method):
     Attributes:
         keep: a token count (int) or a fraction (float).
         seed: of the choice.
+        positions: ``renumber`` puts the tokens side by side, ``keep`` where they were.
     """
 
     keep: int | float
     seed: int = 0
+    positions: PositionPolicy = "renumber"
 
     def plan(self, spec: VlmSpec, arriving: TokenPlan) -> TokenPlan:
-        return arriving.thinned_before_llm(resolve_keep(self.keep, arriving.entering_llm, "[[compress]] random:"))
+        index = self._index(arriving)
+        return arriving.thinned_before_llm(len(index), places=index if self.positions == "keep" else None)
 
     def feature_stage(self, spec: VlmSpec, arriving: TokenPlan) -> "nn.Module":
         from tokexport.exporter.modules.bottleneck import FeatureGather  # planning does without torch
 
+        return FeatureGather(self._index(arriving))
+
+    def _index(self, arriving: TokenPlan) -> tuple[int, ...]:
         count = arriving.entering_llm
-        chosen = stdlib_random.Random(self.seed).sample(range(count), self.plan(spec, arriving).entering_llm)
-        return FeatureGather(tuple(sorted(chosen)))
+        kept = resolve_keep(self.keep, count, "[[compress]] random:")
+        return tuple(sorted(stdlib_random.Random(self.seed).sample(range(count), kept)))

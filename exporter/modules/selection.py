@@ -14,7 +14,8 @@ _FAR = 4.0
 class FarthestPoints(nn.Module):
     """Keep tokens that are as unlike each other as can be, in their order (DivPrune, arXiv 2503.02175).
 
-    The first is the one whose nearest neighbour is the farthest; each further one is the farthest from all chosen before.
+    The first is the one whose nearest neighbour is the farthest; each further one is the farthest from all chosen
+    before.
     In a graph the choices stand one after the other, so that every shape is known.
 
     Args:

@@ -2,18 +2,20 @@
 
 from collections.abc import Callable, Sequence
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from tests.conftest import NUM_VISION_TOKENS
+from tests.conftest import NUM_VISION_TOKENS, recipe_for
 from tests.engines.conftest import open_engine, pixels, words
 from tokexport.engines.backend import Session
 from tokexport.engines.generate import IMAGE, Conversation, Sampler, Sampling
 from tokexport.errors import InputError
 from tokexport.exporter.bundle import Bundle
+from tokexport.recipes.schema import Recipe
 
 SAME = 1e-4
 """The largest difference between logits that rounding makes, as in tolerances.toml."""
@@ -199,6 +201,18 @@ def test_a_conversation_beyond_the_models_positions_is_refused(tiny_full: Bundle
     text = refusal(lambda: conversation.feed(words(7)))
     assert text == "the conversation would reach position 513 and the model has 512; shorten it"
     assert conversation.feed(words(6)).shape == (1, 576)
+
+
+def test_an_image_whose_tokens_keep_their_positions_takes_up_all_of_them(
+    checkpoint: Path, exported: Callable[[Recipe], Bundle]
+):
+    session = open_engine(
+        exported(recipe_for(checkpoint, {"method": "sample", "keep": 4, "positions": "keep"})), max_text_tokens=512
+    )
+    conversation = Conversation(session)
+    conversation.feed([IMAGE, *words(490)], features(session, 1))
+    assert conversation.room == 6
+    assert refusal(lambda: conversation.feed(words(7))).startswith("the conversation would reach position 513 and the")
 
 
 def test_a_prompt_that_fills_the_cache_to_the_last_token_is_run(thin: Session):

@@ -52,6 +52,31 @@ def test_windows_make_what_is_asked_for(options: dict[str, object], kept: tuple[
 
 
 @pytest.mark.parametrize(
+    ("windows", "expected"),
+    [
+        (Windows((10,), (3,), (3,)), (1, 4, 7)),
+        (Windows((10,), (4,), (2,)), (1, 3, 5, 7)),
+        (Windows((4, 6), (2, 3), (2, 3)), (1, 4, 13, 16)),
+        (Windows((3, 3), (3, 1), (1, 1)), (3, 4, 5)),
+    ],
+)
+def test_the_middle_of_a_window_is_its_place(windows: Windows, expected: tuple[int, ...]):
+    assert windows.centres == expected
+    assert len(expected) == windows.count
+
+
+def test_merged_tokens_stand_in_the_middle_of_their_windows_or_side_by_side():
+    kept = Pool(keep=64, positions="keep").plan(SPEC, LARGE)
+    assert kept.places is not None
+    assert kept.places[:9] == (25, 28, 31, 34, 37, 40, 43, 46, 97)
+    assert kept.num_positions == 576
+    apart = Pool(keep=64).plan(SPEC, LARGE)
+    assert (apart.places, apart.num_positions) == (None, 64)
+    # A second method thins what the first one left.
+    assert Pool(keep=4, positions="keep").plan(SPEC, kept).places == tuple(kept.places[i] for i in (9, 13, 41, 45))
+
+
+@pytest.mark.parametrize(
     ("options", "arriving", "message"),
     [
         (

@@ -17,6 +17,7 @@ from tokexport.engines.backends.torch_eager import TorchSession
 from tokexport.engines.generate import IMAGE, Conversation
 from tokexport.exporter.export import Design, design
 from tokexport.exporter.methods.adsc import Adsc
+from tokexport.exporter.plan import TokenPlan
 from tokexport.training.compressed import NO_LABEL, CompressedLlava, Thinning, kept_places
 
 IMAGE_TOKEN, PAD = 4, 3
@@ -176,6 +177,32 @@ def test_an_image_read_in_part_is_one_thinned_before_the_first_layer(llava: Llav
     with torch.no_grad():
         loss, _ = CompressedLlava(llava, {})(pixels(1), part_1T, labels_1T, read=torch.tensor([index]))
     torch.testing.assert_close(loss, expected[0])
+
+
+def test_features_stand_where_a_plan_puts_them(llava: LlavaForConditionalGeneration):
+    """As those read in part, in a batch with a conversation without an image too."""
+    places = (0, 3, 7, NUM_VISION_TOKENS - 1)
+    plan = TokenPlan(emitted=NUM_VISION_TOKENS, entering_llm=4, per_layer=(4,) * 4, places=places)
+    part_1T = torch.tensor([[*words(3, 1), *[IMAGE_TOKEN] * len(places), *words(9, 2)]])
+    labels_1T = labels_behind(part_1T, len(places) + 5)
+    model = CompressedLlava(llava, {})
+    with torch.no_grad():
+        features = model.image_features(pixels(1))
+        expected, _ = model.answer(features, part_1T, labels_1T, torch.tensor([places]))
+        thin = features[:, list(places)]
+        found, _ = model.answer(thin, part_1T, labels_1T, plan=plan)
+        side_by_side, _ = model.answer(thin, part_1T, labels_1T)
+        text_1T = torch.tensor([words(part_1T.shape[1], 5)])
+        alone, _ = model.answer(features[:0], text_1T, labels_behind(text_1T, 4))
+        both, _ = model.answer(
+            thin,
+            torch.cat((text_1T, part_1T)),
+            torch.cat((labels_behind(text_1T, 4), labels_1T)),
+            plan=plan,
+        )
+    torch.testing.assert_close(found, expected)
+    torch.testing.assert_close(both, torch.cat((alone, found)), rtol=1e-4, atol=1e-4)
+    assert (side_by_side - expected).abs().max() > 1e-3
 
 
 def test_each_image_can_be_read_in_other_parts(llava: LlavaForConditionalGeneration):
