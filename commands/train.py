@@ -94,7 +94,9 @@ def _learning_options(*, steps: int, learning_rate: float | None, suits: str) ->
     show_default=True,
     help="Muon orthogonalises the updates of matrices.",
 )
-@click.option("--seed", default=0, show_default=True, type=click.IntRange(min=0), help="Of the LoRA matrices.")
+@click.option(
+    "--seed", default=0, show_default=True, type=click.IntRange(min=0), help="Of the LoRA matrices and of made scenes."
+)
 @click.option("--start", metavar="ADAPTER", help="Go on from an adapter, such as that of a milder recipe.")
 @output_options
 def adsc(
@@ -121,7 +123,7 @@ def adsc(
         start=start,
     )
     terminal = Terminal(quiet=quiet)
-    made, material, out = _task(options)
+    made, material, out = _task(options, seed)
     with terminal.working():
         adapter = tune(made, material, tuning, out, listener=_listener(terminal))
     terminal.show(f"the adapter is in {adapter}; build with it: --recipe {made.recipe.name} --adapter {adapter}")
@@ -136,7 +138,9 @@ def adsc(
 )
 @click.option("--column", default=1.0, show_default=True, type=click.FloatRange(min=0), help="Weight of column sums.")
 @click.option("--clip", default=1e-2, show_default=True, help="Norm that gradients are clipped to.")
-@click.option("--seed", default=0, show_default=True, type=click.IntRange(min=0), help="Of the compressor.")
+@click.option(
+    "--seed", default=0, show_default=True, type=click.IntRange(min=0), help="Of the compressor and of made scenes."
+)
 @click.option(
     "--oracle",
     is_flag=True,
@@ -169,7 +173,7 @@ def metacompress(
         seed=seed,
     )
     terminal = Terminal(quiet=quiet)
-    made, material, out = _task(options, kind="oracle" if oracle else "train")
+    made, material, out = _task(options, seed, kind="oracle" if oracle else "train")
     if oracle:
         with terminal.working():
             compared = train_oracle(made, material, distillation, out, listener=_listener(terminal))
@@ -202,7 +206,7 @@ def _schedule(options: Mapping[str, Any], **more: Any) -> "Schedule":
     )
 
 
-def _task(options: Mapping[str, Any], kind: str = "train") -> "tuple[Design, Material, Path]":
+def _task(options: Mapping[str, Any], seed: int, kind: str = "train") -> "tuple[Design, Material, Path]":
     """Return the recipe's design, what to learn from, and the folder to work in."""
     from tokexport.exporter.export import design
     from tokexport.training.tuning_data import llava_material, made_material
@@ -210,7 +214,7 @@ def _task(options: Mapping[str, Any], kind: str = "train") -> "tuple[Design, Mat
     made = design(recipe_from(**{name: options[name] for name in RECIPE_OPTIONS}))
     data, num = options["data"], 64 * options["steps"] * options["batch_size"]
     if data is None:
-        material = made_material(made, num=num)
+        material = made_material(made, num=num, seed=seed)
     else:
         material = llava_material(made, data, options["images"] or data.parent, num=num)
     return made, material, options["out"] or Path("out") / f"{kind}_{made.recipe.name}"

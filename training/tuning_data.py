@@ -62,6 +62,7 @@ def made_material(
     num: int,
     text_tokens: int = 384,
     split: Split = "train",
+    seed: int = 0,
     kinds: Sequence[str] = TUNING_KINDS,
 ) -> Material:
     """Return conversations about made scenes of a split.
@@ -71,6 +72,7 @@ def made_material(
         num: of conversations.
         text_tokens: of a conversation.
         split: of the generator.
+        seed: another makes other conversations.
         kinds: of questions, one that stands there twice coming up twice as often.
 
     Raises:
@@ -90,13 +92,13 @@ def made_material(
         text_tokens=text_tokens,
         num_image_tokens=num_image_tokens,
         num=num,
-        seed=_SEED,
+        seed=_SEED + seed,
         split=split,
         kinds=kinds,
     )
     asked = ", ".join(f"{kinds.count(kind)} {kind}" for kind in dict.fromkeys(kinds))
     return Material(
-        name=f"made scenes, {text_tokens} text tokens: {asked}",
+        name=f"made scenes of seed {seed}, {text_tokens} text tokens: {asked}",
         examples=examples,
         objective_of=lambda model: Talker(model, PixelNormalizer(processor)),
     )
