@@ -7,9 +7,10 @@ answers before it. Run from the root of the repository: ``python benchmarks/swee
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 from statistics import mean, stdev
-from typing import Any
+from typing import Any, get_args
 
 import click
 import torch
@@ -21,6 +22,7 @@ from tokexport.dialogues.questions import KINDS
 from tokexport.exporter.compressor_file import save_compressor
 from tokexport.exporter.export import Design, design
 from tokexport.exporter.modules.token_mixing import START_BETA
+from tokexport.exporter.plan import PositionPolicy
 from tokexport.recipes.load import load_recipe
 from tokexport.recipes.schema import Recipe
 from tokexport.training.compressed import CompressedLlava
@@ -33,19 +35,21 @@ _PAPER_CLIP = 1e-2
 _NO_CLIP = 1e9
 _BATCH_SIZE = 8
 _OPTIONS = {"sample": "phase = 0.5", "random": "seed = 0", "pool": 'pattern = "stride"'}
+_STRIDE = 'pattern = "stride"'
+_GRID = 'pattern = "grid"'
 
 
 @dataclass(frozen=True)
 class Variant:
-    """One form of MetaCompress, with options in TOML, and of its training."""
+    """One form of MetaCompress, with options in TOML, and of its training; by default that of the weights that ship."""
 
-    options: str = 'pattern = "stride"'
+    options: str = f'{_STRIDE}, positions = "keep"'
     keep: int | None = None
-    entropy: float = 1.0
-    column: float = 1.0
+    entropy: float = 0.1
+    column: float = 0.1
     clip: float = _PAPER_CLIP
     beta: float = START_BETA
-    learning_rate: float = 1e-3
+    learning_rate: float = 3e-3
 
     def recipe(self, keep: int) -> Recipe:
         """Return the recipe of an untrained compressor."""
@@ -54,26 +58,20 @@ class Variant:
 
 
 VARIANTS: Mapping[str, Variant] = {
+    "all terms": Variant(),
     "divergence alone": Variant(entropy=0, column=0),
     "divergence, entropy": Variant(column=0),
     "divergence, column, without clipping": Variant(entropy=0, clip=_NO_CLIP),
     "divergence, column": Variant(entropy=0),
-    "all terms": Variant(),
-    "all, a tenth of the terms": Variant(entropy=0.1, column=0.1),
-    "all, a hundredth of the terms": Variant(entropy=0.01, column=0.01),
-    "all, beta from 1": Variant(beta=1),
-    "all, beta from 16": Variant(beta=16),
-    "all, width 192": Variant('pattern = "stride", width = 192'),
-    "all, learning rate 3e-3": Variant(learning_rate=3e-3),
-    "all, learning rate 1e-2": Variant(learning_rate=1e-2),
-    "all, a tenth of the terms, 3e-3": Variant(entropy=0.1, column=0.1, learning_rate=3e-3),
-    "all, a tenth of the terms, 3e-3, beta from 16": Variant(entropy=0.1, column=0.1, learning_rate=3e-3, beta=16),
-    "all, a tenth of the terms, 3e-3, grid of 64": Variant(
-        'pattern = "grid"', keep=64, entropy=0.1, column=0.1, learning_rate=3e-3
-    ),
-    "all, a tenth of the terms, 3e-3, grid of 49": Variant(
-        'pattern = "grid"', keep=49, entropy=0.1, column=0.1, learning_rate=3e-3
-    ),
+    "a hundredth of the paper's terms": Variant(entropy=0.01, column=0.01),
+    "learning rate 1e-2": Variant(learning_rate=1e-2),
+    "width 192": Variant(f'{_STRIDE}, positions = "keep", width = 192'),
+    "side by side": Variant(_STRIDE),
+    "side by side, the paper's terms": Variant(_STRIDE, entropy=1, column=1),
+    "side by side, the paper's terms, 1e-3": Variant(_STRIDE, entropy=1, column=1, learning_rate=1e-3),
+    "side by side, beta from 16": Variant(_STRIDE, beta=16),
+    "side by side, grid of 49": Variant(_GRID, keep=49),
+    "side by side, grid of 64": Variant(_GRID, keep=64),
 }
 
 
@@ -127,9 +125,9 @@ class Lessons(nn.Module):
 class FixedMatrix(nn.Module):
     """The matrix of a method that treats every image alike."""
 
-    def __init__(self, method: str, keep: int) -> None:
+    def __init__(self, method: str, keep: int, positions: str) -> None:
         super().__init__()
-        step = f'{{method = "{method}", keep = {keep}, {_OPTIONS[method]}}}'
+        step = f'{{method = "{method}", keep = {keep}, positions = "{positions}", {_OPTIONS[method]}}}'
         made = design(load_recipe("mini_full", [f"compress=[{step}]"]))
         stage = made.methods[0].feature_stage(made.model.spec, made.plans[0])
         assert stage is not None
@@ -168,9 +166,10 @@ def main(keep: int, steps: int, conversations: int, only: tuple[str, ...], threa
             click.echo(f"step {step + 1} of {steps}", err=True)
     click.echo("| variant | untrained | trained |\n|---|---:|---:|")
     whole = CompressedLlava(llava, {})
-    for method in _OPTIONS:
-        matrix = FixedMatrix(method, keep)
-        click.echo(f"| {method} | {_right(Distiller(whole, whole, matrix, plan=matrix.plan), asked)} | – |")
+    for method, positions in product(_OPTIONS, get_args(PositionPolicy)):
+        matrix = FixedMatrix(method, keep, positions)
+        right = _right(Distiller(whole, whole, matrix, plan=matrix.plan), asked)
+        click.echo(f"| {method}, positions {positions} | {right} | – |")
     for number, (name, learner) in enumerate(learners.items()):
         learner.store(out / f"{number}_{keep}_{steps}" / "compressor.safetensors")
         click.echo(f"| {name} | {untrained[name]} | {_right(learner.distiller, asked)} |")

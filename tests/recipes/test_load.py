@@ -7,7 +7,7 @@ import pytest
 
 from tests.conftest import recipe_for
 from tokexport.errors import RecipeError
-from tokexport.exporter.export import planned
+from tokexport.exporter.export import design, planned
 from tokexport.recipes.load import (
     DEFAULT_RECIPE,
     list_recipes,
@@ -47,6 +47,15 @@ def test_a_shipped_description_tells_the_tokens_that_the_plan_has(name: str):
     assert said is not None
     assert float(said[1]) == pytest.approx(report["mean_vision_tokens"], abs=0.5)
     assert int(said[2]) == report["vision_tokens"]["emitted"]
+
+
+@pytest.mark.parametrize("name", [name for name in list_recipes() if name.startswith("mini")])
+def test_what_a_recipe_of_the_mini_model_learned_ships_and_fits(name: str):
+    made = design(load_recipe(name))
+    assert made.open_weights().shapes
+    learning = [step.options["weights"] for step in made.recipe.compress if "weights" in step.options]
+    assert "untrained" not in learning
+    assert {"adsc": made.recipe.model.adapter, "metacompress": learning}.get(name.split("_")[1], "nothing")
 
 
 def test_the_default_recipe_ships():
