@@ -10,12 +10,8 @@ import onnx_ir as ir
 import onnxruntime
 import pytest
 import torch
-from numpy.typing import NDArray
 
 from tests.conftest import IMAGE_SIZE, NUM_LAYERS, NUM_VISION_TOKENS, adsc, recipe_for
-from tokexport.engines.backend import SessionOptions
-from tokexport.engines.backends.torch_eager import TorchSession
-from tokexport.engines.generate import IMAGE, Conversation
 from tokexport.errors import RecipeError
 from tokexport.exporter.bundle import Bundle
 from tokexport.exporter.export import design
@@ -34,7 +30,6 @@ from tokexport.exporter.methods.random import Random
 from tokexport.exporter.methods.resize import Resize
 from tokexport.exporter.methods.sample import Sample
 from tokexport.exporter.modules.bottleneck import FeatureGather
-from tokexport.exporter.modules.selection import FarthestPoints
 from tokexport.exporter.plan import TokenPlan, VlmSpec
 from tokexport.recipes.schema import CompressTable, Recipe
 
@@ -175,72 +170,6 @@ def test_a_bottleneck_thins_only_the_vision_span(num_before: int, num_vision: in
     arriving = FULL.thinned_before_llm(8)
     bottleneck = method.bottlenecks(SPEC, arriving)[1]
     assert bottleneck(torch.arange(11).unsqueeze(0), num_before, num_vision).tolist() == [kept]
-
-
-# --- positions of what is kept before the language model
-
-
-@pytest.mark.parametrize("method", [Sample(keep=4, positions="keep"), Random(keep=4, positions="keep")])
-def test_tokens_that_keep_their_positions_stand_where_they_were(method: Method):
-    plan = method.plan(SPEC, FULL)
-    assert plan.places == kept_features(method)
-    assert plan.num_positions == 16
-    # Side by side again behind a method that renumbers, and among the first ones' places behind one that does not.
-    assert Sample(keep=2).plan(SPEC, plan).places is None
-    assert Sample(keep=2, positions="keep", phase=0).plan(SPEC, plan).places == (plan.places[0], plan.places[2])
-
-
-def test_a_sample_with_its_positions_is_a_bottleneck_before_the_first_layer(checkpoint: Path):
-    """Both leave the same tokens at the same positions, one before the language model and one in it."""
-    sample = {"method": "sample", "keep": 6, "phase": 0.0}
-    logits = [
-        answered(checkpoint, step)
-        for step in ({**sample, "positions": "keep"}, sample, {"method": "adsc", "drops": [{"layer": 0, "keep": 6}]})
-    ]
-    np.testing.assert_allclose(logits[0], logits[2], atol=1e-4)
-    assert np.abs(logits[1] - logits[2]).max() > 1e-2
-
-
-def answered(checkpoint: Path, step: Mapping[str, object]) -> NDArray[np.float32]:
-    """Return logits of two turns with an image each."""
-    session = TorchSession(
-        design(recipe_for(checkpoint, dict(step))), SessionOptions(max_text_tokens=64, max_images=2, threads=1)
-    )
-    pixels = np.random.default_rng(0).standard_normal((2, 3, IMAGE_SIZE, IMAGE_SIZE)).astype(np.float32)
-    first, second = session.encode_images(pixels[:1]), session.encode_images(pixels[1:])
-    conversation = Conversation(session)
-    turns = [([7, 9, IMAGE, 11, 13], [first]), ([15, IMAGE, 17], [second]), ([19], [])]
-    return np.concatenate([conversation.feed(ids, images) for ids, images in turns])
-
-
-# --- divprune by hand
-
-
-def test_divprune_takes_the_farthest_and_then_what_is_farthest_from_all():
-    # Directions in the plane, in degrees; lengths do not matter. 170 is 80 from its nearest, more than any other.
-    degrees = torch.tensor([0.0, 10.0, 90.0, 75.0, 170.0, 5.0])
-    lengths = torch.tensor([1.0, 5.0, 2.0, 1.0, 9.0, 1.0]).unsqueeze(-1)
-    radians = degrees.deg2rad()
-    features = torch.stack((radians.cos(), radians.sin()), dim=-1) * lengths
-    # 0 is 170 from it. Then 90 is 80 from what is nearest to it, 75 then 15, and 10 is 10.
-    order = [4, 0, 2, 3, 1, 5]
-    for count in range(1, 6):
-        expected = sorted(order[:count])
-        assert FarthestPoints(count).chosen(features.unsqueeze(0)).tolist() == [expected]
-    kept = FarthestPoints(2)(features.unsqueeze(0))
-    torch.testing.assert_close(kept, features[[0, 4]].unsqueeze(0))
-
-
-def test_divprune_of_copies_takes_none_twice():
-    features = torch.ones(2, 6, 3)
-    assert FarthestPoints(4).chosen(features).tolist() == [[0, 1, 2, 3]] * 2
-
-
-def test_divprune_chooses_for_each_image():
-    features = torch.randn(2, 16, 8, generator=torch.Generator().manual_seed(0))
-    together = FarthestPoints(5).chosen(features)
-    assert together.tolist() == [FarthestPoints(5).chosen(features[n : n + 1])[0].tolist() for n in (0, 1)]
-    assert together[0].tolist() != together[1].tolist()
 
 
 # --- sample and random by hand
