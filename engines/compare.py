@@ -127,32 +127,15 @@ def compare_choices(
     differs = found != expected
     ties = int((differs & (margin <= 2 * tolerance.bound(expected_QW))).sum())
     wrong = int(differs.sum()) - ties
-    return Check(
-        step=step,
-        name=name,
-        passed=wrong == 0,
-        max_abs_diff=float(wrong),
-        cosine=float(wrong == 0),
-        tolerance=0.0,
-        graph=graph,
-        note=f"{ties} near-ties" if ties else "",
-    )
+    return _counted(name, wrong, f"{ties} near-ties" if ties else "", step=step, graph=graph)
 
 
 def compare_counts(name: str, wrong: Mapping[str, int], *, step: str = "", graph: str = "") -> Check:
     """Judge how many numbers of each of several parts are not what they must be."""
     total = sum(wrong.values())
     first = next((part for part, count in wrong.items() if count), "")
-    return Check(
-        step=step,
-        name=name,
-        passed=total == 0,
-        max_abs_diff=float(total),
-        cosine=float(total == 0),
-        tolerance=0.0,
-        graph=graph,
-        note=f"{total} numbers differ, the first in {first}" if total else "",
-    )
+    note = f"{total} numbers differ, the first in {first}" if total else ""
+    return _counted(name, total, note, step=step, graph=graph)
 
 
 def compare_indices(
@@ -169,6 +152,11 @@ def compare_indices(
     if _other_shape(found, expected):
         return _incomparable(name, note, step=step, graph=graph, layer=layer)
     wrong = int((found != expected).sum())
+    return _counted(name, wrong, note if wrong else "", step=step, graph=graph, layer=layer)
+
+
+def _counted(name: str, wrong: int, note: str, *, step: str, graph: str, layer: int | None = None) -> Check:
+    """Return the check of things of which none may be wrong."""
     return Check(
         step=step,
         name=name,
@@ -178,7 +166,7 @@ def compare_indices(
         tolerance=0.0,
         graph=graph,
         layer=layer,
-        note=note if wrong else "",
+        note=note,
     )
 
 

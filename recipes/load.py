@@ -107,7 +107,8 @@ def override(
     }
     recipe = recipe if compressor is None else with_compressor(recipe, compressor)
     if quantize is not None:
-        parsed["quantize"] = QuantizeTable.everywhere(quantize)
+        told = {} if quantize == "none" else {"keep": recipe.quantize.keep, "block_size": recipe.quantize.block_size}
+        parsed["quantize"] = replace(QuantizeTable.everywhere(quantize), **told)
     return replace(recipe, **parsed)
 
 

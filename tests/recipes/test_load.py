@@ -309,7 +309,10 @@ def test_one_word_quantizes_all_graphs():
     quantize = override(load_recipe("llava15_adsc"), dtype="float32", quantize="int4").quantize
     assert (quantize.vision_encoder, quantize.embed_tokens, quantize.decoder) == ("int4", "int8", "int4")
     assert str(quantize) == "vision int4, embeddings int8, decoder int4"
-    assert not override(load_recipe("mini_adsc", ["quantize.decoder=int8"]), quantize="none").quantize.is_active
+    own = load_recipe("mini_adsc", ["quantize.decoder=int8", 'quantize.keep=["lm_head"]', "quantize.block_size=64"])
+    changed = override(own, quantize="int4").quantize
+    assert (changed.decoder, changed.keep, changed.block_size) == ("int4", ("lm_head",), 64)
+    assert not override(own, quantize="none").quantize.is_active
 
 
 def test_a_recipe_without_compression_is_complete():
