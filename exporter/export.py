@@ -37,12 +37,11 @@ from tokexport.exporter.checkpoint import (
 from tokexport.exporter.family import Family
 from tokexport.exporter.graph_io import (
     GRAPHS,
-    STAGES,
+    METHOD_PARTS,
     GraphIO,
     GraphName,
     decoder_io,
     embed_tokens_io,
-    stage_name,
     vision_encoder_io,
 )
 from tokexport.exporter.method import Method, arriving_plans, load_methods, tables_of
@@ -122,7 +121,7 @@ class Design:
 
     def _learned(self) -> dict[str, Tensor]:
         return {
-            f"{stage_name(method.name)}.{name}": tensor.detach()
+            f"{method.learner}.{name}": tensor.detach()
             for method, arriving in self._steps()
             for name, tensor in method.learned(self.model.spec, arriving).items()
         }
@@ -227,7 +226,7 @@ def weight_names(graph: GraphName, module: nn.Module, family: Family) -> dict[st
     """Return, for every parameter of a graph's module, its canonical name."""
     names: dict[str, str] = {}
     for name, _ in module.named_parameters():
-        for prefix, canonical in {**family.weight_prefixes[graph], STAGES: STAGES}.items():
+        for prefix, canonical in {**family.weight_prefixes[graph], **{part: part for part in METHOD_PARTS}}.items():
             if name.startswith(prefix):
                 names[name] = canonical + name.removeprefix(prefix)
     return names
@@ -247,7 +246,7 @@ def _traced(
     )
     quantize(model)
     # What a method learned is small and not shared with an artefact without it, so it stays in the graph's file.
-    names = [name for parameter, name in bound.items() if not parameter.startswith(STAGES)]
+    names = [name for parameter, name in bound.items() if not parameter.startswith(METHOD_PARTS)]
     return model, [stored for name in names for stored in quantize.stored.get(name, (name,))]
 
 

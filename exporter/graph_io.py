@@ -41,6 +41,12 @@ def cache_names(layer: int, prefix: str = "past_key_values") -> tuple[str, str]:
 STAGES = "stages."
 """Behind it in the vision encoder stands the name of a method."""
 
+BOTTLENECKS = "bottlenecks."
+"""Behind it in the decoder stands the number of a layer."""
+
+METHOD_PARTS = (STAGES, BOTTLENECKS)
+"""What the names of modules begin with that are a method's and not the model's."""
+
 
 def node_scope(module: str) -> str:
     """Return what the names of the nodes of a module begin with: ``layers.0.mlp`` -> ``/layers.0/mlp/``."""
@@ -50,6 +56,11 @@ def node_scope(module: str) -> str:
 def stage_name(method: str) -> str:
     """Return the name that what a method makes of image features has as a module of the vision encoder."""
     return f"{STAGES}{method}"
+
+
+def bottleneck_name(layer: int) -> str:
+    """Return the name that what stands before a layer has as a module of the decoder."""
+    return f"{BOTTLENECKS}{layer}"
 
 
 def vision_encoder_io(spec: VlmSpec, plan: TokenPlan, dtype: str) -> GraphIO:

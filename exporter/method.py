@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, ClassVar, Self
 
 from tokexport.errors import RecipeError
 from tokexport.exporter import methods
+from tokexport.exporter.graph_io import stage_name
 from tokexport.exporter.plan import TokenPlan, VlmSpec
 from tokexport.exporter.registry import list_plugins, load_plugin
 from tokexport.recipes.schema import CompressTable
@@ -21,6 +22,9 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from tokexport.exporter.modules.bottleneck import Bottleneck
+
+UNTRAINED = "untrained"
+"""Stands in a recipe in place of the file of what a method has learned."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,7 +59,7 @@ class Method(ABC):
         return {}
 
     def learned(self, spec: VlmSpec, arriving: TokenPlan) -> "Mapping[str, Tensor]":
-        """Return what the modules of ``feature_stage`` have learned, by the names of their parameters.
+        """Return what the module ``learner`` has learned, by the names of its parameters.
 
         Raises:
             CheckpointError: it is missing, damaged or of another shape.
@@ -65,6 +69,11 @@ class Method(ABC):
     def settled(self) -> Self:
         """Return the method with paths that mean the same from every directory."""
         return self
+
+    @property
+    def learner(self) -> str:
+        """The name of the method's module that has parameters, in the module of its graph."""
+        return stage_name(self.name)
 
     @property
     def name(self) -> str:

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from torch import nn
 
 from tokexport.errors import ExportError, RecipeError, nearest
-from tokexport.exporter.graph_io import STAGES, GraphName
+from tokexport.exporter.graph_io import METHOD_PARTS, GraphName
 from tokexport.recipes.schema import Bits, QuantizeTable
 
 Kind = Literal["matrix", "table"]
@@ -90,7 +90,7 @@ def quantized_layers(graph: GraphName, module: nn.Module, table: QuantizeTable) 
     return {
         f"{name}.weight" if name else "weight": QuantizedLayer(kind=kind, bits=bits, block_size=table.block_size)
         for name, layer in module.named_modules()
-        if isinstance(layer, layer_type) and not name.startswith(STAGES) and not _is_kept(name, table)
+        if isinstance(layer, layer_type) and not name.startswith(METHOD_PARTS) and not _is_kept(name, table)
     }
 
 

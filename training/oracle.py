@@ -21,7 +21,7 @@ from torch.utils.data import Dataset, default_collate
 from tokexport.errors import CheckpointError, TrainingError
 from tokexport.exporter.compressor_file import load_compressor
 from tokexport.exporter.export import Design
-from tokexport.exporter.methods.metacompress import UNTRAINED
+from tokexport.exporter.method import UNTRAINED
 from tokexport.exporter.modules.token_mixing import WindowAverage
 from tokexport.exporter.windows import Windows
 from tokexport.training.loop import Listener, fit, make_accelerator

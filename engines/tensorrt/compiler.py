@@ -22,8 +22,8 @@ Shapes = Mapping[str, Sequence[Shape]]
 """By input: smallest, usual and largest."""
 
 _DTYPES = {"float16": "HALF", "bfloat16": "BF16", "float32": "FLOAT", "int64": "INT64"}
-# Counted in the parsed network; each has to be there this often a decoder layer.
-_PER_LAYER = {"ATTENTION_INPUT": 1, "ROTARY_EMBEDDING": 2, "KV_CACHE_UPDATE": 2}
+# Counted in the parsed network; each has to be there as often as its operator in the graph.
+_OPERATORS = {"ATTENTION_INPUT": "Attention", "ROTARY_EMBEDDING": "RotaryEmbedding", "KV_CACHE_UPDATE": "TensorScatter"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,7 +93,7 @@ def build_decoder(bundle: Bundle, library: Library, options: SessionOptions, tar
     path, io = bundle.graph_path("decoder_model_merged"), bundle.graph_io("decoder_model_merged")
     dialect = rewritten_decoder(bundle, capacities)
     profiles = [decoder_shapes(io, bundle.plan, phase, capacities) for phase in phases(bundle.plan, options)]
-    expected = {kind: number * bundle.spec.num_layers for kind, number in _PER_LAYER.items()}
+    expected = {kind: dialect.operators[operator] for kind, operator in _OPERATORS.items()}
     return _built(library, path, dialect.graph, io, profiles, dialect.attentions, target, expected=expected)
 
 
@@ -133,7 +133,7 @@ def _built(
     fused = require_fused(read_kernels(log), attentions, len(profiles))
     return Built(
         plan=bytes(plan),
-        layers={kind: layers.get(kind, 0) for kind in _PER_LAYER},
+        layers={kind: layers.get(kind, 0) for kind in _OPERATORS},
         fused_attentions=fused,
         seconds=time.monotonic() - started,
         peak_rss_bytes=psutil.Process().memory_info().rss,

@@ -1,6 +1,7 @@
 """The decoder graph as TensorRT is given it."""
 
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import onnx_ir as ir
@@ -18,10 +19,12 @@ class Dialect:
     Attributes:
         graph: serialised.
         attentions: names of the nodes of the decoder layers' attention.
+        operators: how often each stands in the graph.
     """
 
     graph: bytes
     attentions: tuple[str, ...]
+    operators: Mapping[str, int]
 
 
 def rewritten_decoder(bundle: Bundle, capacities: Sequence[int]) -> Dialect:
@@ -39,4 +42,5 @@ def rewritten_decoder(bundle: Bundle, capacities: Sequence[int]) -> Dialect:
             f"{len(mask.names)} of {bundle.spec.num_layers} attentions were rewritten for TensorRT; the graph is not "
             "one of tokexport's"
         )
-    return Dialect(ir.to_proto(model).SerializeToString(), tuple(mask.names))
+    operators = Counter(node.op_type for node in model.graph)
+    return Dialect(ir.to_proto(model).SerializeToString(), tuple(mask.names), operators)

@@ -5,19 +5,17 @@ extra module: the model, tuned with the bottlenecks in place, moves what matters
 that stay. In a graph every bottleneck is a gather with a constant index.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import pairwise
-from typing import TYPE_CHECKING, Literal, Self
+from typing import TYPE_CHECKING, Literal
 
 from tokexport.errors import RecipeError
-from tokexport.exporter.method import Method
+from tokexport.exporter.drops import Dropping
 from tokexport.exporter.plan import (
     PositionPolicy,
     TokenPlan,
     VlmSpec,
     grid_index,
-    resolve_keep,
-    scaled_layers,
     squarest_grid,
     stride_index,
 )
@@ -27,47 +25,26 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Drop:
-    """A bottleneck before ``layer`` (from 0) that keeps a token count (int) or a fraction (float)."""
-
-    layer: int
-    keep: int | float
-
-
-@dataclass(frozen=True, kw_only=True)
-class Adsc(Method):
+class Adsc(Dropping):
     """Uniform downsampling inside the language model.
 
     Attributes:
-        drops: the bottlenecks, ascending by layer.
         pattern: ``stride`` thins the row-major sequence, ``grid`` the rows and columns.
         phase: where in its cell the kept token lies, from 0 (first) to below 1.
         positions: whether kept tokens keep their rotary positions or are numbered anew.
     """
 
-    drops: tuple[Drop, ...]
     pattern: Literal["stride", "grid"] = "stride"
     phase: float = 0.0
     positions: PositionPolicy = "keep"
 
     def __post_init__(self) -> None:
-        if not self.drops:
-            raise RecipeError("[[compress]] adsc needs at least one entry in drops, e.g. {layer = 8, keep = 0.5}")
+        super().__post_init__()
         if not 0 <= self.phase < 1:
             raise RecipeError(f"[[compress]] adsc phase = {self.phase} must be at least 0 and below 1")
-        layers = [drop.layer for drop in self.drops]
-        if layers != sorted(set(layers)):
-            raise RecipeError(
-                f"[[compress]] adsc drops name the layers {layers}; each must be larger than the one before"
-            )
 
     def plan(self, spec: VlmSpec, arriving: TokenPlan) -> TokenPlan:
-        plan = arriving
-        for drop in self.drops:
-            where = f"[[compress]] adsc drop before layer {drop.layer}:"
-            if not 0 <= drop.layer < spec.num_layers:
-                raise RecipeError(f"{where} the model has the layers 0 to {spec.num_layers - 1}")
-            plan = plan.thinned_before_layer(drop.layer, resolve_keep(drop.keep, plan.per_layer[drop.layer], where))
+        plan = super().plan(spec, arriving)
         if self.pattern == "grid":
             self._grids(plan, arriving)
         return plan
@@ -87,12 +64,6 @@ class Adsc(Method):
             grids = self._grids(plan, arriving)
             kept = [grid_index(before, after, self.phase) for before, after in pairwise(grids)]
         return {drop.layer: index for drop, index in zip(self.drops, kept, strict=True)}
-
-    def for_num_layers(self, before: int, after: int) -> Self:
-        layers = scaled_layers([drop.layer for drop in self.drops], before, after)
-        return replace(
-            self, drops=tuple(replace(drop, layer=layer) for drop, layer in zip(self.drops, layers, strict=True))
-        )
 
     def _grids(self, plan: TokenPlan, arriving: TokenPlan) -> list[tuple[int, int]]:
         """Return rows and columns before the first bottleneck and behind each."""

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, ClassVar, Self
 
 from tokexport.errors import RecipeError
 from tokexport.exporter.bundled import settled
+from tokexport.exporter.method import UNTRAINED
 from tokexport.exporter.plan import TokenPlan, VlmSpec
 from tokexport.exporter.windows import Windowed
 
@@ -17,8 +18,6 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from tokexport.exporter.modules.token_mixing import MetaCompressor
-
-UNTRAINED = "untrained"
 
 
 @dataclass(frozen=True, kw_only=True)

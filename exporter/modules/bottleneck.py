@@ -9,21 +9,34 @@ import torch
 from torch import Tensor, nn
 
 from tokexport.exporter.modules import ops
+from tokexport.exporter.modules.span_attention import SpanAttention
 from tokexport.exporter.plan import PositionPolicy
 
 
 class Bottleneck(nn.Module, ABC):
-    """Thins the vision span of hidden states or positions.
+    """Thins the vision span of hidden states and positions.
 
     Attributes:
         positions: which rotary positions the tokens behind it have.
+        look: makes the attention that it chooses by, None for a choice without one.
     """
 
     positions: PositionPolicy
+    look: SpanAttention | None
 
     @abstractmethod
-    def forward(self, x_BT: Tensor, num_before: int, num_vision: int) -> Tensor:
-        """Return ``x_BT``, (B, T) or (B, T, D), with M of the tokens from ``num_before`` on, for N of them."""
+    def choose(self, attention_BN: Tensor | None) -> Tensor:
+        """Return which of N vision tokens stay, ascending: (M,) the same whatever the image, or (B, M).
+
+        Args:
+            attention_BN: what ``look`` makes; N is 0 in a call without an image, and so is then M.
+        """
+
+    def forward(self, x_BT: Tensor, num_before: int, num_vision: int, index: Tensor) -> Tensor:
+        """Return ``x_BT``, (B, T) or (B, T, D), with the chosen ones of the N tokens from ``num_before`` on."""
+        end = num_before + num_vision
+        kept = ops.keep_tokens if index.ndim == 1 else ops.pick_tokens
+        return torch.cat((x_BT[:, :num_before], kept(x_BT[:, num_before:end], index), x_BT[:, end:]), dim=1)
 
 
 class StaticGather(Bottleneck):
@@ -39,13 +52,48 @@ class StaticGather(Bottleneck):
     def __init__(self, index: tuple[int, ...], positions: PositionPolicy) -> None:
         super().__init__()
         self.positions: PositionPolicy = positions
+        self.look: SpanAttention | None = None
         # On the CPU even while the model is built on the meta device: the index is data, not a weight.
         self.register_buffer("index_M", torch.tensor(index, dtype=torch.int64, device="cpu"), persistent=False)
 
-    def forward(self, x_BT: Tensor, num_before: int, num_vision: int) -> Tensor:
-        end = num_before + num_vision
-        kept = ops.keep_tokens(x_BT[:, num_before:end], self.index_M)
-        return torch.cat((x_BT[:, :num_before], kept, x_BT[:, end:]), dim=1)
+    def choose(self, attention_BN: Tensor | None) -> Tensor:
+        return self.index_M
+
+
+class TopTokens(nn.Module):
+    """Which tokens have the highest scores, ascending; of equals the first is taken."""
+
+    def __init__(self, count: int) -> None:
+        super().__init__()
+        self.count = count
+
+    def forward(self, score_BN: Tensor) -> Tensor:
+        """Return (B, M) of ``score_BN`` (B, N)."""
+        return ops.top_tokens(score_BN, self.count)
+
+
+class ScoredGather(Bottleneck):
+    """Keep the M vision tokens with the highest scores, which are made from attention.
+
+    Args:
+        count: M, whatever the image, so that every later shape is known.
+        look: makes the attention that the scores are made from.
+        positions: which rotary positions the tokens behind it have.
+        score: makes scores (B, N) of attention (B, N); by default they are the same.
+    """
+
+    def __init__(
+        self, count: int, look: SpanAttention, positions: PositionPolicy, score: nn.Module | None = None
+    ) -> None:
+        super().__init__()
+        self.positions: PositionPolicy = positions
+        self.look = look
+        self.score = nn.Identity() if score is None else score
+        self.top = TopTokens(count)
+
+    def choose(self, attention_BN: Tensor | None) -> Tensor:
+        assert attention_BN is not None
+        return self.top(self.score(attention_BN))
 
 
 class FeatureGather(nn.Module):

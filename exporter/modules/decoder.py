@@ -59,9 +59,16 @@ class Attention(nn.Module):
         self.v_proj = nn.Linear(config.hidden_size, kv_width, bias=config.attention_bias)
         self.o_proj = nn.Linear(query_width, config.hidden_size, bias=config.attention_bias)
 
+    def queries(self, x_BTD: Tensor, rope: "Rope") -> Tensor:
+        """Return rotated queries (B, H, T, E)."""
+        return rope(ops.split_heads(self.q_proj(x_BTD), self.head_dim))
+
+    def keys(self, x_BTD: Tensor, rope: "Rope") -> Tensor:
+        """Return rotated keys (B, K, T, E)."""
+        return rope(ops.split_heads(self.k_proj(x_BTD), self.head_dim))
+
     def forward(self, x_BTD: Tensor, rope: "Rope", cache: "LayerCache", span: "Span") -> tuple[Tensor, "LayerCache"]:
-        query_BHTE = rope(ops.split_heads(self.q_proj(x_BTD), self.head_dim))
-        key_BKTE = rope(ops.split_heads(self.k_proj(x_BTD), self.head_dim))
+        query_BHTE, key_BKTE = self.queries(x_BTD, rope), self.keys(x_BTD, rope)
         value_BKTE = ops.split_heads(self.v_proj(x_BTD), self.head_dim)
         key_BKCE = ops.cache_update(cache[0], key_BKTE, span.start_B)
         value_BKCE = ops.cache_update(cache[1], value_BKTE, span.start_B)
@@ -174,27 +181,29 @@ class Decoder(nn.Module):
         group, caches = 0, []
         rope = Rope(self.cos_RE, self.sin_RE, position_ids)
         span = Span(past_lengths[0], past_lengths[0] + x_BTD.shape[1])
+        arrived_BTD = x_BTD
         for index, layer in enumerate(self.layers):
             if str(index) in self.bottlenecks:
                 bottleneck = self.bottlenecks[str(index)]
                 assert isinstance(bottleneck, Bottleneck)
-                x_BTD = bottleneck(x_BTD, num_before, num_vision)
+                attention_BN = None
+                if bottleneck.look is not None:
+                    seen_BTD, looking = (
+                        (x_BTD, layer) if bottleneck.look.is_own else (arrived_BTD, self.layers[index - 1])
+                    )
+                    attention_BN = bottleneck.look(looking, seen_BTD, rope, num_before, num_vision)
+                kept = bottleneck.choose(attention_BN)
+                x_BTD = bottleneck(x_BTD, num_before, num_vision, kept)
                 group += 1
                 span = Span(past_lengths[group], past_lengths[group] + x_BTD.shape[1])
-                rope = replace(
-                    rope, position_BT=self._positions(bottleneck, rope.position_BT, span, num_before, num_vision)
-                )
+                position_BT = bottleneck(rope.position_BT, num_before, num_vision, kept)
+                if bottleneck.positions == "renumber":
+                    numbers_T = torch.arange(position_BT.shape[1], device=position_BT.device)
+                    position_BT = span.start_B.unsqueeze(1) + numbers_T
+                rope = replace(rope, position_BT=position_BT)
                 num_vision = x_BTD.shape[1] - num_before - num_after
+            arrived_BTD = x_BTD
             x_BTD, cache = layer(x_BTD, rope, past_key_values[index], span)
             caches.append(cache)
         kept_BQD = self.norm(x_BTD).index_select(1, logits_to_keep)
         return self.lm_head(kept_BQD), caches
-
-    def _positions(
-        self, bottleneck: Bottleneck, position_BT: Tensor, span: Span, num_before: int, num_vision: int
-    ) -> Tensor:
-        """Return the positions behind a bottleneck."""
-        kept_BU = bottleneck(position_BT, num_before, num_vision)
-        if bottleneck.positions == "keep":
-            return kept_BU
-        return span.start_B.unsqueeze(1) + torch.arange(kept_BU.shape[1], device=kept_BU.device)

@@ -61,13 +61,13 @@ onnx_op: Any = opset24
 
 
 @torch.library.custom_op("tokexport::split_heads", mutates_args=())
-def _split_heads(x_BTX: Tensor, head_dim: int) -> Tensor:
-    return x_BTX.unflatten(2, (-1, head_dim)).transpose(1, 2).contiguous()
+def _split_heads(x_BTX: Tensor, num_heads: int, head_dim: int) -> Tensor:
+    return x_BTX.unflatten(2, (num_heads, head_dim)).transpose(1, 2).contiguous()
 
 
 @_split_heads.register_fake
-def _(x_BTX: Tensor, head_dim: int) -> Tensor:
-    return x_BTX.new_empty(x_BTX.shape[0], x_BTX.shape[2] // head_dim, x_BTX.shape[1], head_dim)
+def _(x_BTX: Tensor, num_heads: int, head_dim: int) -> Tensor:
+    return x_BTX.new_empty(x_BTX.shape[0], num_heads, x_BTX.shape[1], head_dim)
 
 
 @torch.library.custom_op("tokexport::merge_heads", mutates_args=())
@@ -91,15 +91,37 @@ def _(span_BN: Tensor, index_M: Tensor) -> Tensor:
     return span_BN.new_empty(span_BN.shape[0], num_kept, *span_BN.shape[2:])
 
 
+@torch.library.custom_op("tokexport::pick_tokens", mutates_args=())
+def _pick_tokens(span_BN: Tensor, index_BM: Tensor) -> Tensor:
+    return span_BN[torch.arange(len(span_BN), device=span_BN.device).unsqueeze(1), index_BM]
+
+
+@_pick_tokens.register_fake
+def _(span_BN: Tensor, index_BM: Tensor) -> Tensor:
+    return span_BN.new_empty(*index_BM.shape, *span_BN.shape[2:])
+
+
+@torch.library.custom_op("tokexport::top_tokens", mutates_args=())
+def _top_tokens(score_BN: Tensor, count: int) -> Tensor:
+    return score_BN.sort(dim=1, descending=True, stable=True).indices[:, :count].sort(dim=1).values
+
+
+@_top_tokens.register_fake
+def _(score_BN: Tensor, count: int) -> Tensor:
+    num_kept: Any = torch.sym_min(score_BN.shape[1], count)
+    return score_BN.new_empty(score_BN.shape[0], num_kept, dtype=torch.int64)
+
+
 def split_heads(x_BTX: Tensor, head_dim: int) -> Tensor:
     """Return ``x_BTX``, X heads side by side, as (B, H, T, E).
 
     An operator of its own because tracing computes the shape of a reshape from the sizes of the
     inputs, with a dozen nodes, where ONNX says "as it is" with a constant.
     """
+    num_heads = x_BTX.shape[2] // head_dim
     if torch.compiler.is_exporting():
-        return _split_heads(x_BTX, head_dim)
-    return x_BTX.unflatten(2, (-1, head_dim)).transpose(1, 2)
+        return _split_heads(x_BTX, num_heads, head_dim)
+    return x_BTX.unflatten(2, (num_heads, head_dim)).transpose(1, 2)
 
 
 def merge_heads(x_BHTE: Tensor) -> Tensor:
@@ -116,6 +138,22 @@ def keep_tokens(span_BN: Tensor, index_M: Tensor) -> Tensor:
     and the graph could no longer be run without an image.
     """
     return _keep_tokens(span_BN, index_M)
+
+
+def pick_tokens(span_BN: Tensor, index_BM: Tensor) -> Tensor:
+    """Return the tokens ``index_BM`` of ``span_BN`` (B, N) or (B, N, D), others in each row, as (B, M) or (B, M, D).
+
+    An operator of its own because tracing would write the rows' numbers into the graph, in a dozen nodes.
+    """
+    return _pick_tokens(span_BN, index_BM)
+
+
+def top_tokens(score_BN: Tensor, count: int) -> Tensor:
+    """Return which ``count`` tokens have the highest scores, ascending, (B, M); all of them where there are fewer.
+
+    Of equals the first is taken, which ONNX promises and PyTorch's ``topk`` does not.
+    """
+    return _top_tokens(score_BN, count)
 
 
 def gather_tokens(features_BND: Tensor, index_M: Tensor) -> Tensor:
@@ -203,8 +241,9 @@ def _onnx_rotary(x: Any, cos: Any, sin: Any, position: Any) -> Any:
     return onnx_op.RotaryEmbedding(x, cos, sin, position)
 
 
-def _onnx_split_heads(x: Any, head_dim: int) -> Any:
-    shape = onnx_op.Constant(value_ints=[0, 0, -1, head_dim])
+def _onnx_split_heads(x: Any, num_heads: int, head_dim: int) -> Any:
+    # Not -1 for the heads: of no tokens, any number of heads would do.
+    shape = onnx_op.Constant(value_ints=[0, 0, num_heads, head_dim])
     return onnx_op.Transpose(onnx_op.Reshape(x, shape), perm=[0, 2, 1, 3])
 
 
@@ -216,6 +255,18 @@ def _onnx_keep_tokens(span: Any, index: Any) -> Any:
     num_present = onnx_op.Shape(span, start=1, end=2)
     zero, axis = onnx_op.Constant(value_ints=[0]), onnx_op.Constant(value_ints=[0])
     return onnx_op.Gather(span, onnx_op.Slice(index, zero, num_present, axis), axis=1)
+
+
+def _onnx_pick_tokens(span: Any, index: Any) -> Any:
+    last = onnx_op.Constant(value_ints=[-1])
+    return onnx_op.GatherND(span, onnx_op.Unsqueeze(index, last), batch_dims=1)
+
+
+def _onnx_top_tokens(score: Any, count: int) -> Any:
+    num_kept = onnx_op.Min(onnx_op.Shape(score, start=1, end=2), onnx_op.Constant(value_ints=[count]))
+    _, highest = onnx_op.TopK(score, num_kept, axis=1)
+    ascending, _ = onnx_op.TopK(highest, num_kept, axis=1, largest=0)
+    return ascending
 
 
 def _onnx_gather_tokens(features: Any, index: Any) -> Any:
@@ -232,4 +283,6 @@ def onnx_translations() -> dict[Callable[..., Any], Callable[..., Any]]:
         torch.ops.tokexport.merge_heads.default: _onnx_merge_heads,
         torch.ops.tokexport.keep_tokens.default: _onnx_keep_tokens,
         torch.ops.tokexport.gather_tokens.default: _onnx_gather_tokens,
+        torch.ops.tokexport.pick_tokens.default: _onnx_pick_tokens,
+        torch.ops.tokexport.top_tokens.default: _onnx_top_tokens,
     }

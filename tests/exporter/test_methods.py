@@ -14,6 +14,7 @@ import torch
 from tests.conftest import IMAGE_SIZE, NUM_LAYERS, NUM_VISION_TOKENS, adsc, recipe_for
 from tokexport.errors import RecipeError
 from tokexport.exporter.bundle import Bundle
+from tokexport.exporter.drops import Drop
 from tokexport.exporter.export import design
 from tokexport.exporter.family import list_families
 from tokexport.exporter.method import (
@@ -25,7 +26,7 @@ from tokexport.exporter.method import (
     plan_tokens,
     tables_of,
 )
-from tokexport.exporter.methods.adsc import Adsc, Drop
+from tokexport.exporter.methods.adsc import Adsc
 from tokexport.exporter.methods.random import Random
 from tokexport.exporter.methods.resize import Resize
 from tokexport.exporter.methods.sample import Sample
@@ -60,6 +61,7 @@ EXAMPLES: dict[str, Sequence[Steps]] = {
         [{"method": "adsc", "drops": [{"layer": 0, "keep": 6}]}],
     ],
     "divprune": [[{"method": "divprune", "keep": 5}]],
+    "fastv": [[{"method": "fastv", "keep": 5}]],
     "metacompress": [
         [{"method": "metacompress", "keep": 6, "weights": "untrained"}],
         [
@@ -68,7 +70,15 @@ EXAMPLES: dict[str, Sequence[Steps]] = {
         ],
     ],
     "pool": [[{"method": "pool", "keep": 4}], [{"method": "pool", "keep": 5, "pattern": "stride"}]],
+    "pyramiddrop": [[{"method": "pyramiddrop", "drops": [{"layer": 1, "keep": 9}, {"layer": 3, "keep": 4}]}]],
     "random": [[{"method": "random", "keep": 5}]],
+    "relevance": [
+        [{"method": "relevance", "keep": 6, "weights": "untrained", "channels": [4, 8], "kernel": 3}],
+        [
+            {"method": "sample", "keep": 8, "positions": "keep"},
+            {"method": "relevance", "keep": 6, "weights": "untrained", "channels": [4]},
+        ],
+    ],
     "resize": [
         [{"method": "resize", "keep": 9}],
         [
@@ -169,7 +179,8 @@ def test_a_bottleneck_thins_only_the_vision_span(num_before: int, num_vision: in
     method = drops((1, 2))
     arriving = FULL.thinned_before_llm(8)
     bottleneck = method.bottlenecks(SPEC, arriving)[1]
-    assert bottleneck(torch.arange(11).unsqueeze(0), num_before, num_vision).tolist() == [kept]
+    index = bottleneck.choose(None)
+    assert bottleneck(torch.arange(11).unsqueeze(0), num_before, num_vision, index).tolist() == [kept]
 
 
 # --- sample and random by hand
@@ -342,6 +353,23 @@ def test_what_happens_before_the_model_does_not_depend_on_its_depth(method: Meth
         (
             [{"method": "sample", "keep": 4, "sed": 1}],
             "[[compress]] sample has no key 'sed'; choose one of: keep, phase, positions",
+        ),
+        ([{"method": "fastv", "keep": 4, "layer": 0}], "[[compress]] fastv layer = 0 must be at least 1: tokens are"),
+        ([{"method": "fastv", "keep": 4, "layer": 4}], "[[compress]] fastv before layer 4: the model has the layers 0"),
+        ([{"method": "fastv", "keep": 17}], "[[compress]] fastv before layer 2: keep = 17 is more than the 16 vision"),
+        ([{"method": "pyramiddrop", "drops": []}], "[[compress]] pyramiddrop needs at least one entry in drops, e.g."),
+        (
+            [{"method": "pyramiddrop", "drops": [{"layer": 2, "keep": 8}, {"layer": 1, "keep": 4}]}],
+            "[[compress]] pyramiddrop drops name the layers [2, 1]; each must be larger than the one before",
+        ),
+        ([{"method": "relevance", "keep": 4}], "[[compress]] relevance needs the key 'weights'"),
+        (
+            [{"method": "relevance", "keep": 4, "weights": "untrained", "kernel": 4}],
+            "[[compress]] relevance kernel = 4 must be odd and at least 1",
+        ),
+        (
+            [{"method": "relevance", "keep": 4, "weights": "untrained", "channels": []}],
+            "[[compress]] relevance channels = [] must be at least one number, all at least 1",
         ),
         ([{"method": "random", "keep": 16}], "[[compress]] random: keep = 16 keeps all 16 vision tokens"),
         ([{"method": "random", "keep": 4, "sede": 1}], "[[compress]] random has no key 'sede'; did you mean 'seed'?"),
