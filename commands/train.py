@@ -188,6 +188,47 @@ def metacompress(
     _report(as_json, compressor=str(path))
 
 
+@train.command()
+@recipe_options
+@_learning_options(steps=600, learning_rate=1e-3, suits="")
+@click.option(
+    "--conversations", default=1000, show_default=True, type=click.IntRange(min=2), help="Whose answers are explained."
+)
+@click.option(
+    "--seed", default=0, show_default=True, type=click.IntRange(min=0), help="Of the network and of made scenes."
+)
+@output_options
+def relevance(
+    conversations: int, seed: int, gradient_checkpointing: bool, as_json: bool, quiet: bool, **options: Any
+) -> None:
+    """Train the network of the relevance compressor; its file goes into a recipe or --compressor.
+
+    The batch size is of conversations that are explained at once, and four times as many labels are learned from at a
+    time. Labels are kept in the folder and used again.
+    """
+    from tokexport.dialogues.questions import KINDS
+    from tokexport.training.relevance import Explaining, train_relevance
+
+    _refuse_useless(options, "compressor", "dtype", "quantize")
+    if gradient_checkpointing:
+        raise InputError("--gradient-checkpointing has no effect on this training; leave it out")
+    batch_size = options["batch_size"]
+    explaining = Explaining(
+        schedule=_schedule({**options, "batch_size": 4 * batch_size}),
+        num_conversations=conversations,
+        batch_size=batch_size,
+        seed=seed,
+    )
+    terminal = Terminal(quiet=quiet)
+    made, material, out = _task({**options, "steps": conversations}, seed, text_tokens=64, kinds=KINDS)
+    with terminal.working():
+        path, kept = train_relevance(made, material, explaining, out, listener=_listener(terminal))
+    shares = ", ".join(f"{name} {share:.1%}" for name, share in kept.items())
+    terminal.show(f"of the labels of other conversations, the tokens kept hold: {shares}")
+    terminal.show(f"the network is {path}; build with it: --recipe {made.recipe.name} --compressor {path}")
+    _report(as_json, compressor=str(path), kept=kept)
+
+
 def _refuse_useless(options: Mapping[str, Any], *names: str) -> None:
     useless = {name: options[name] for name in names}
     if options["data"] is None:
@@ -206,15 +247,20 @@ def _schedule(options: Mapping[str, Any], **more: Any) -> "Schedule":
     )
 
 
-def _task(options: Mapping[str, Any], seed: int, kind: str = "train") -> "tuple[Design, Material, Path]":
-    """Return the recipe's design, what to learn from, and the folder to work in."""
+def _task(
+    options: Mapping[str, Any], seed: int, kind: str = "train", **made_options: Any
+) -> "tuple[Design, Material, Path]":
+    """Return the recipe's design, what to learn from, and the folder to work in.
+
+    Options of made conversations count where there are no others.
+    """
     from tokexport.exporter.export import design
     from tokexport.training.tuning_data import llava_material, made_material
 
     made = design(recipe_from(**{name: options[name] for name in RECIPE_OPTIONS}))
     data, num = options["data"], 64 * options["steps"] * options["batch_size"]
     if data is None:
-        material = made_material(made, num=num, seed=seed)
+        material = made_material(made, num=num, seed=seed, **made_options)
     else:
         material = llava_material(made, data, options["images"] or data.parent, num=num)
     return made, material, options["out"] or Path("out") / f"{kind}_{made.recipe.name}"

@@ -82,7 +82,7 @@ class CompressedLlava(nn.Module):
         features stand that enter the language model, where others arrived.
         """
         is_image_BT = input_ids == self.image_token
-        hidden_BTD = self._embedded(features_IND, input_ids, read)
+        hidden_BTD = self.embedded(features_IND, input_ids, read)
         position_BT = torch.arange(input_ids.shape[1], device=input_ids.device).expand_as(input_ids)
         if read is not None:
             position_BT = _positions_of_all(position_BT, is_image_BT, read, features_IND.shape[1])
@@ -104,7 +104,8 @@ class CompressedLlava(nn.Module):
         """The id of the tokens that an image takes the place of."""
         return self.llava.config.image_token_index
 
-    def _embedded(self, features_IND: Tensor, input_ids: Tensor, read_BM: Tensor | None) -> Tensor:
+    def embedded(self, features_IND: Tensor, input_ids: Tensor, read_BM: Tensor | None = None) -> Tensor:
+        """Return what the decoder reads, (B, T, D), image features in the places of images."""
         embedded_BTD = self.llava.get_input_embeddings()(input_ids)
         if not len(features_IND):
             return embedded_BTD
