@@ -83,7 +83,7 @@ def test_no_curriculum_is_the_recipe_from_the_start(made: Design):
     assert kept(made, "none") == [[8, 4]]
 
 
-SHIPPED = ["mini_adsc", "mini_adsc_192", "mini_adsc_64", "llava15_adsc", "llava15_13b_adsc"]
+SHIPPED = ["mini_adsc", "mini_adsc_192", "mini_adsc_128", "mini_adsc_64", "llava15_adsc", "llava15_13b_adsc"]
 
 
 @pytest.mark.parametrize("pattern", ["stride", "grid"])
