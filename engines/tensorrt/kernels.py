@@ -5,13 +5,13 @@ unlike the engine inspector, which reads an engine that is loaded.
 """
 
 import re
-from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from tokexport.errors import EngineError
 
-# _gemm_mha_v2_myl2_17: the 18th kernel of the third profile.
+# _gemm_mha_v2_myl2_17: the 18th kernel of the third graph. A profile is a graph, or several where an operator is in
+# none, like TopK; then not every number has kernels.
 _KERNEL = re.compile(
     r"^Name: \S+_myl(?P<graph>\d+)_\d+, LayerType: .*TacticName: (?P<tactic>[^,]*), .*Metadata: (?P<from>.*)$"
 )
@@ -24,7 +24,7 @@ class Kernel:
     """One kernel of an engine.
 
     Attributes:
-        graph: the number of the profile that it belongs to.
+        graph: the number of the part of the engine that it belongs to, which is of one profile.
         tactic: how it computes.
         nodes: what it computes, or a part of it.
     """
@@ -50,22 +50,20 @@ def require_fused(kernels: Sequence[Kernel], attentions: Sequence[str], num_prof
     Raises:
         EngineError: one is not.
     """
-    found = Counter(
-        (kernel.graph, node)
-        for kernel in kernels
-        if _FUSED_ATTENTION.search(kernel.tactic)
-        for node in kernel.nodes
-        if node in attentions
-    )
+    graphs_of: dict[str, list[int]] = {name: [] for name in attentions}
+    for kernel in kernels:
+        if _FUSED_ATTENTION.search(kernel.tactic):
+            for node in kernel.nodes:
+                if node in graphs_of:
+                    graphs_of[node].append(kernel.graph)
     wrong = [
-        f"{name} (profile {graph}: {found[graph, name]})"
-        for graph in range(num_profiles)
-        for name in attentions
-        if found[graph, name] != 1
+        f"{name} ({len(graphs)} kernels in {len(set(graphs))} graphs)"
+        for name, graphs in graphs_of.items()
+        if not len(graphs) == len(set(graphs)) == num_profiles
     ]
     if wrong:
         raise EngineError(
-            f"{len(wrong)} of {num_profiles * len(attentions)} attentions are not one fused kernel: "
-            f"{', '.join(wrong[:3])}; see build.log"
+            f"{len(wrong)} of {len(attentions)} attentions are not one fused kernel in each of {num_profiles} "
+            f"profiles: {', '.join(wrong[:3])}; see build.log"
         )
-    return found.total()
+    return sum(len(graphs) for graphs in graphs_of.values())
