@@ -84,6 +84,48 @@ def test_an_oracle_tells_how_far_a_compressor_is_from_the_best_matrix(
     assert f"oracle: divergence {outcome.document['comparison']['oracle']['divergence']:.4g}, entropy " in outcome.err
 
 
+@pytest.fixture
+def ranking(recipe: Path, tmp_path: Path) -> Path:
+    """Return a recipe whose network has yet to be trained."""
+    path = tmp_path / "ranking.toml"
+    step = 'method = "relevance"\nkeep = 6\nchannels = [4]\nweights = "made later"'
+    path.write_text(f'extends = "{recipe}"\n[[compress]]\n{step}\n')
+    return path
+
+
+def test_a_relevance_network_is_trained_and_built_in(run: Run, ranking: Path, checkpoint: Path, tmp_path: Path):
+    data, images = write_llava_data(tmp_path)
+    options = ("--data", data, "--images", images, "--steps", 2, "--batch-size", 2, "--conversations", 4)
+    outcome = run(
+        "train", "relevance", "-r", ranking, "--model", checkpoint, *options, "-o", tmp_path / "out", "--json"
+    )
+    assert outcome.code == 0
+    path = tmp_path / "out" / "compressor.safetensors"
+    assert outcome.document["compressor"] == str(path)
+    assert outcome.document["kept"].keys() == {"network", "attention", "random"}
+    assert "of the labels of other conversations, the tokens kept hold: network " in outcome.err
+    made = ("-r", ranking, "--model", checkpoint, "--compressor", path)
+    assert run("build", *made, "-o", tmp_path / "artefact", "--no-bench", "--threads", 1).code == 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["--gradient-checkpointing"], "--gradient-checkpointing has no effect on this training; leave it out"),
+        (["--set", "compress=[]"], "recipe ranking has the methods []; this training is for relevance alone"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_what_cannot_be_ranked_is_refused_in_one_line(
+    run: Run, ranking: Path, checkpoint: Path, tmp_path: Path, arguments: list[str], expected: str
+):
+    data, images = write_llava_data(tmp_path)
+    options = ("--data", data, "--images", images, "--steps", 1, *arguments)
+    outcome = run("train", "relevance", "-r", ranking, "--model", checkpoint, *options, "-o", tmp_path / "out")
+    assert (outcome.code, outcome.error.startswith(expected)) == (1, True)
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.parametrize(
     ("arguments", "expected"),
     [
