@@ -87,5 +87,9 @@ class Relevance(Method):
         return self if self.weights == UNTRAINED else replace(self, weights=settled(self.weights))
 
     def trained_sizes(self) -> dict[str, str]:
-        """Return, in words, what weights are made for and their shapes do not show."""
-        return {"method": self.name}
+        """Return, in words, the sizes that weights are made for."""
+        return {
+            "method": self.name,
+            "channels": ", ".join(map(str, self.channels)),
+            "kernel": str(self.kernel),
+        }
