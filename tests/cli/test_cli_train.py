@@ -43,9 +43,12 @@ def test_a_model_is_tuned_on_made_scenes_where_there_are_no_data(run: Run, tmp_p
 @pytest.fixture
 def mixing(recipe: Path, tmp_path: Path) -> Path:
     """Return a recipe whose compressor has yet to be trained."""
-    path = tmp_path / "mixing.toml"
-    step = 'method = "metacompress"\nkeep = 4\nwidth = 8\nweights = "made later"'
-    path.write_text(f'extends = "{recipe}"\n[[compress]]\n{step}\n')
+    return untrained(recipe, tmp_path / "mixing.toml", 'method = "metacompress"\nkeep = 4\nwidth = 8')
+
+
+def untrained(recipe: Path, path: Path, step: str) -> Path:
+    """Write a recipe with a method whose weights are not there yet."""
+    path.write_text(f'extends = "{recipe}"\n[[compress]]\n{step}\nweights = "made later"\n')
     return path
 
 
@@ -87,10 +90,7 @@ def test_an_oracle_tells_how_far_a_compressor_is_from_the_best_matrix(
 @pytest.fixture
 def ranking(recipe: Path, tmp_path: Path) -> Path:
     """Return a recipe whose network has yet to be trained."""
-    path = tmp_path / "ranking.toml"
-    step = 'method = "relevance"\nkeep = 6\nchannels = [4]\nweights = "made later"'
-    path.write_text(f'extends = "{recipe}"\n[[compress]]\n{step}\n')
-    return path
+    return untrained(recipe, tmp_path / "ranking.toml", 'method = "relevance"\nkeep = 6\nchannels = [4]')
 
 
 def test_a_relevance_network_is_trained_and_built_in(run: Run, ranking: Path, checkpoint: Path, tmp_path: Path):
