@@ -37,6 +37,8 @@ def _round_input(_layer: nn.Module, inputs: tuple[Any, ...]) -> tuple[Tensor]:
 
 def rounded_to_bytes(x: Tensor) -> Tensor:
     """Return what a tensor is after ONNX' ``DynamicQuantizeLinear``, as float32: 256 even steps that hit zero."""
+    if not x.numel():
+        return x
     low, high = x.min().clamp(max=0), x.max().clamp(min=0)
     scale = (high - low) / _LARGEST_BYTE
     if not scale > 0:

@@ -10,7 +10,7 @@ Values stay lazy: a weight is read and rounded when it is written, so that a mod
 K inputs, N outputs, G blocks
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import lru_cache
 
 import ml_dtypes
@@ -34,7 +34,7 @@ class QuantizeWeights(InPlacePass):
         layers: by the name of the initializer, which is a matrix (K, N) or a table.
 
     Raises:
-        ExportError: a weight is not used by one product or one look-up alone.
+        ExportError: a weight is used by something else than products or look-ups.
     """
 
     def __init__(self, layers: Mapping[str, QuantizedLayer]) -> None:
@@ -44,30 +44,40 @@ class QuantizeWeights(InPlacePass):
 
     def call(self, model: ir.Model) -> PassResult:
         self.stored, self._rounded_inputs = {}, {}
-        name_of = {self._user(model.graph, name): name for name in self._layers}
+        # A layer that is read twice, by a choice of tokens before it too, has two products.
+        name_of = {user: name for name in self._layers for user in self._users(model.graph, name)}
+        rounded = {name: self._rounded(model.graph, name) for name in self._layers}
         # In the graph's order: an input is rounded before the first that reads it.
         for node in list(model.graph):
             if node in name_of:
                 name = name_of[node]
-                self._replace(model.graph, node, model.graph.initializers[name], self._layers[name])
+                self._replace(model.graph, node, *rounded[name], self._layers[name])
+        for name in self._layers:
+            model.graph.initializers.pop(name)
         return PassResult(model, modified=bool(self.stored))
 
-    def _user(self, graph: ir.Graph, name: str) -> ir.Node:
+    def _users(self, graph: ir.Graph, name: str) -> Sequence[ir.Node]:
         weight, operator = graph.initializers.get(name), _OPERATORS[self._layers[name].kind]
         users = [] if weight is None else weight.consumers()
         place = 1 if operator == "MatMul" else 0
-        if len(users) != 1 or users[0].op_type != operator or users[0].inputs[place] is not weight:
+        if not users or any(user.op_type != operator or user.inputs[place] is not weight for user in users):
             raise ExportError(
-                f"the weight {name} is used by {[user.op_type for user in users]}, expected one {operator}; it cannot "
-                "be quantized: name its layer in [quantize] keep"
+                f"the weight {name} is used by {[user.op_type for user in users]}, expected {operator} alone; it "
+                "cannot be quantized: name its layer in [quantize] keep"
             )
-        return users[0]
+        return users
 
-    def _replace(self, graph: ir.Graph, node: ir.Node, weight: ir.Value, layer: QuantizedLayer) -> None:
-        values, scale = _lazy(weight, layer)
+    def _rounded(self, graph: ir.Graph, name: str) -> tuple[ir.Value, ir.Value]:
+        """Add whole numbers and scale of a weight to the graph."""
+        values, scale = _lazy(graph.initializers[name], self._layers[name])
         for value in (values, scale):
             graph.initializers.add(value)
-        self.stored[weight.name or ""] = (values.name or "", scale.name or "")
+        self.stored[name] = (values.name or "", scale.name or "")
+        return values, scale
+
+    def _replace(
+        self, graph: ir.Graph, node: ir.Node, values: ir.Value, scale: ir.Value, layer: QuantizedLayer
+    ) -> None:
         new = tape.Tape()
         name = (node.name or "").removesuffix(node.op_type)
         if layer.kind == "table":
@@ -83,7 +93,6 @@ class QuantizeWeights(InPlacePass):
         result.name, result.shape, result.type = old.name, old.shape, old.type
         ir.convenience.replace_all_uses_with(old, result, replace_graph_outputs=True)
         graph.remove(node, safe=True)
-        graph.initializers.pop(weight.name or "")
 
     def _look_up(self, new: tape.Tape, name: str, node: ir.Node, values: ir.Value, scale: ir.Value) -> ir.Value:
         ids = node.inputs[1]

@@ -130,6 +130,19 @@ def test_a_table_is_looked_up_in_whole_numbers():
     np.testing.assert_array_equal(session.run(None, {"x": index})[0], layer.round(table).restored()[index])
 
 
-def test_a_weight_with_two_uses_is_refused():
-    with pytest.raises(ExportError, match=r"weight a is used by \['MatMul', 'MatMul'\], expected one MatMul; .*keep"):
-        QuantizeWeights(layers("int8"))(Graph(is_twice=True).model)
+@pytest.mark.parametrize("bits", ["int8", "int4"])
+def test_a_weight_of_two_products_is_stored_once(bits: str):
+    graph = Graph(is_twice=True)
+    QuantizeWeights(layers(bits))(graph.model)
+    products = "MatMulInteger" if bits == "int8" else "DequantizeLinear"
+    nodes = [node for node in graph.model.graph if node.op_type == products]
+    assert len({node.inputs[1 if bits == "int8" else 0] for node in nodes}) < len(nodes)
+    onnx.checker.check_model(ir.to_proto(graph.model), full_check=True)
+
+
+def test_a_weight_that_is_also_read_by_something_else_is_refused():
+    graph = Graph()
+    weight = graph.model.graph.initializers["a"]
+    graph.model.graph.append(ir.node("Neg", [weight]))
+    with pytest.raises(ExportError, match=r"weight a is used by \['MatMul', 'Neg'\], expected MatMul alone; .*keep"):
+        QuantizeWeights(layers("int8"))(graph.model)
