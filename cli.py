@@ -152,6 +152,9 @@ def plan(text_tokens: int | None, solve: str | None, as_json: bool, quiet: bool,
 @click.argument("artefact", type=click.Path(path_type=Path))
 @engine_options
 @source_options
+@click.option(
+    "--images", type=click.IntRange(min=1), help="Also compare which vision tokens are kept of so many made images."
+)
 @output_options
 def verify(artefact: Path, as_json: bool, quiet: bool, **options: Any) -> None:
     """Prove that an artefact computes what its checkpoint does. Exit code 3 if not."""
@@ -161,7 +164,7 @@ def verify(artefact: Path, as_json: bool, quiet: bool, **options: Any) -> None:
 
     terminal = Terminal(quiet=quiet)
     with terminal.working():
-        verification = verify_artefact(artefact, progress=terminal.step, **options)
+        verification = verify_artefact(artefact, progress=terminal.step, tick=terminal.tick, **options)
     report = verification.report()
     terminal.show(verify_table(report))
     if as_json:

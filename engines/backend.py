@@ -109,12 +109,21 @@ class DecoderStep:
         return dict(vars(self))
 
 
+@dataclass(frozen=True)
+class Choice:
+    """Scores (B, N) of the vision tokens that arrive at a bottleneck, and which M of them it keeps, (B, M)."""
+
+    score_BN: NDArray[np.float32]
+    kept_BM: NDArray[np.int64]
+
+
 class Session(ABC):
     """An opened model with a cache for one conversation of batch 1.
 
     Attributes:
         plan: the tokens this session computes with.
         conversation: whose turns the cache holds now.
+        choices: what bottlenecks chose by attention, by their layers, in the last call that brought an image.
 
     Raises:
         InputError: more room for text is asked for than the model has positions.
@@ -128,6 +137,7 @@ class Session(ABC):
             )
         self.spec, self.plan, self.options = spec, plan, options
         self.conversation: object = None
+        self.choices: Mapping[int, Choice] = {}
 
     @property
     def capacities(self) -> tuple[int, ...]:

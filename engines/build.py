@@ -6,6 +6,7 @@ from pathlib import Path
 
 from tokexport.engines.backend import AS_BUILT, DEFAULT_BACKEND, SessionOptions, Source, load_backend
 from tokexport.engines.bench import Bench, bench
+from tokexport.engines.kept_agreement import kept_agreement, require_choice
 from tokexport.engines.mixing import mixing_of
 from tokexport.engines.parity import Verification, failure_text, require_provable, verify
 from tokexport.engines.prompt import require_askable
@@ -109,16 +110,25 @@ def verify_artefact(
     backend: str = DEFAULT_BACKEND,
     threads: int | None = None,
     source: Source = AS_BUILT,
+    images: int | None = None,
     progress: Progress = lambda _: None,
+    tick: Tick = lambda _done, _total: None,
 ) -> Verification:
     """Prove an artefact again, every checksum and the whole ladder, and write its report.
 
-    A failure leaves its inputs and outputs beside the artefact; see ``repro_folder``.
+    A failure leaves its inputs and outputs beside the artefact; see ``repro_folder``. With a number of ``images``, it
+    is also compared which tokens are kept of as many.
     """
     progress("hashing files")
     bundle = Bundle.open(path, check_all=True)
+    if images is not None:
+        require_choice(bundle)
     options = SessionOptions.for_bundle(bundle, threads=threads, source=source)
     verification = verify(bundle, backend, options, repro=repro_folder(path), progress=progress)
+    if images is not None:
+        progress(f"keeping tokens of {images} images")
+        check = kept_agreement(bundle, backend, options, images, tick=tick)
+        verification = replace(verification, checks=(*verification.checks, check))
     bundle.write_report("verify.json", verification.report())
     write_reports(bundle)
     return verification

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from tokexport.recipes.tables import parse_table
 
-Kind = Literal["image_features", "logits", "cache"]
+Kind = Literal["image_features", "logits", "cache", "scores"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -153,6 +153,54 @@ def compare_indices(
         return _incomparable(name, note, step=step, graph=graph, layer=layer)
     wrong = int((found != expected).sum())
     return _counted(name, wrong, note if wrong else "", step=step, graph=graph, layer=layer)
+
+
+def compare_kept(
+    name: str,
+    found_BM: NDArray[np.int64],
+    score_BN: NDArray[np.float32],
+    tolerance: Tolerance,
+    *,
+    step: str = "",
+    graph: str = "",
+    layer: int | None = None,
+) -> Check:
+    """Compare the tokens that were kept with those that have the highest scores, the first of equals.
+
+    A token that is kept against its score is a near-tie, which rounding decides, where the scores of it and of the one
+    that was left out for it are closer than twice the tolerance: it is reported and passes.
+    """
+    if found_BM.shape[0] != score_BN.shape[0] or found_BM.shape[1] > score_BN.shape[1]:
+        note = f"{found_BM.shape[1]} kept of {score_BN.shape[1]}"
+        return _incomparable(name, note, step=step, graph=graph, layer=layer)
+    ties, wrong = misplaced_tokens(found_BM, score_BN, tolerance)
+    note = f"{ties} near-ties among {found_BM.size} tokens" if ties else ""
+    if wrong:
+        note = f"{wrong} of {found_BM.size} tokens are kept against their scores, or not in order"
+    return _counted(name, wrong, note, step=step, graph=graph, layer=layer)
+
+
+def misplaced_tokens(
+    found_BM: NDArray[np.int64], score_BN: NDArray[np.float32], tolerance: Tolerance
+) -> tuple[int, int]:
+    """Return how many kept tokens are not among those with the M highest scores: near-ties, and others.
+
+    Tokens that are not in ascending order are all of the others.
+    """
+    ties = wrong = 0
+    for found_M, score_N in zip(found_BM, score_BN, strict=True):
+        if (np.diff(found_M) <= 0).any():
+            wrong += len(found_M)
+            continue
+        order = np.argsort(-score_N, kind="stable")
+        right_M = order[: len(found_M)]
+        room = 2 * tolerance.bound(score_N)
+        # As many are missing as were added; the highest that is missing was passed over for the lowest that was added.
+        added = np.sort(score_N[np.setdiff1d(found_M, right_M)])
+        missing = np.sort(score_N[np.setdiff1d(right_M, found_M)])[::-1]
+        near = int((missing - added <= room).sum())
+        ties, wrong = ties + near, wrong + len(added) - near
+    return ties, wrong
 
 
 def _counted(name: str, wrong: int, note: str, *, step: str, graph: str, layer: int | None = None) -> Check:

@@ -3,14 +3,14 @@
 P text tokens before an image, V vision tokens, S text tokens after it, Q logits, W vocabulary
 """
 
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
-from tokexport.engines.backend import Array, DecoderStep, Session
+from tokexport.engines.backend import Array, Choice, DecoderStep, Session
 from tokexport.errors import InputError
 from tokexport.exporter.plan import TokenPlan
 
@@ -93,6 +93,7 @@ class Conversation:
     Attributes:
         text_tokens: in the cache.
         num_images: in the cache.
+        choices: what bottlenecks chose by attention, for each image that was fed.
         ended_by: what ended the last answer.
     """
 
@@ -102,6 +103,7 @@ class Conversation:
         self.session = session
         self.text_tokens = 0
         self.num_images = 0
+        self.choices: list[Mapping[int, Choice]] = []
         self.ended_by: EndedBy = "interrupted"
         self._position = 0
 
@@ -127,7 +129,7 @@ class Conversation:
             InputError: nothing to run, images that do not match the markers, or no room left.
         """
         self._check(token_ids, images)
-        before = (self.text_tokens, self.num_images, self._position)
+        before = (self.text_tokens, self.num_images, self._position, len(self.choices))
         try:
             logits = [
                 self._step(prefix, image, suffix, all_logits=all_logits)
@@ -135,7 +137,8 @@ class Conversation:
             ]
         except BaseException:
             # What the cache holds behind these counts is overwritten by the next tokens.
-            self.text_tokens, self.num_images, self._position = before
+            self.text_tokens, self.num_images, self._position, num_choices = before
+            del self.choices[num_choices:]
             raise
         return np.concatenate(logits) if all_logits else logits[-1]
 
@@ -191,6 +194,8 @@ class Conversation:
         logits_BQW = session.decode(step)
         self.text_tokens += num_text
         self.num_images += image is not None
+        if image is not None:
+            self.choices.append(session.choices)
         self._position += num_text + (session.plan.num_positions if image is not None else 0)
         return logits_BQW[0]
 

@@ -8,11 +8,11 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
-from tokexport.engines.backend import Array, DecoderStep, Session, SessionOptions
+from tokexport.engines.backend import Array, Choice, DecoderStep, Session, SessionOptions
 from tokexport.engines.environment import available_cores
 from tokexport.errors import BackendUnavailableError, ExportError, InputError
 from tokexport.exporter.bundle import Bundle
-from tokexport.exporter.graph_io import GraphName, cache_names
+from tokexport.exporter.graph_io import GraphName, cache_names, choice_names, choosing_layers
 from tokexport.exporter.passes.ort_group_query_attention import FuseGroupQueryAttention
 
 try:
@@ -67,7 +67,8 @@ class OrtSession(Session):
         opened = functools.partial(inference_session, folder=folder, threads=threads, device=device, is_fast=is_fast)
         self._vision, self._embedding, self._decoder = opened(vision), opened(embedding), opened(decoder)
         self._binding = self._decoder.io_binding()
-        self._binding.bind_output("logits", "cpu")  # first, so that it is the first output of every run
+        self._choosing = choosing_layers(bundle.graph_io("decoder_model_merged"))
+        self._bind_outputs()  # first, so that they are the first outputs of every run
         self._cache: dict[str, ort.OrtValue] = {}
         for layer, group in enumerate(self.plan.group_of_layer):
             shape = (1, self.spec.num_kv_heads, self.capacities[group], self.spec.head_dim)
@@ -90,9 +91,20 @@ class OrtSession(Session):
         for name, array in step.inputs().items():
             dtype = self._dtype if np.issubdtype(array.dtype, np.floating) else array.dtype
             self._binding.bind_cpu_input(name, np.ascontiguousarray(array, dtype))
-        self._binding.bind_output("logits", "cpu")
+        self._bind_outputs()
         self._decoder.run_with_iobinding(self._binding)
-        return self._binding.get_outputs()[0].numpy().astype(np.float32, copy=False)
+        outputs = self._binding.get_outputs()
+        if step.image_features.shape[1]:
+            self.choices = {
+                layer: Choice(outputs[1 + 2 * place].numpy(), outputs[2 + 2 * place].numpy())
+                for place, layer in enumerate(self._choosing)
+            }
+        return outputs[0].numpy().astype(np.float32, copy=False)
+
+    def _bind_outputs(self) -> None:
+        """Let what is not the cache be allocated anew: its size may be another one."""
+        for name in ("logits", *(name for layer in self._choosing for name in choice_names(layer))):
+            self._binding.bind_output(name, "cpu")
 
     def read_cache(self, layer: int, length: int) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
         key, value = (self._cache[name].numpy()[:, :, :length].astype(np.float32) for name in cache_names(layer))

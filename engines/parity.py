@@ -10,9 +10,13 @@ On every rung both sides hold the same conversation of three turns on one cache,
 first and the second. The right side is fed the tokens that the left side chose; where it would have
 chosen the same at every step, its greedy answers are the same. Where something is quantized, tokens are not compared:
 what that costs in answers is measured, not proved.
+
+Where vision tokens are chosen by attention, rounding decides between nearly equal scores. If the right side chose
+otherwise, the reference is asked again and made to keep the same, and its scores say whether each was a near-tie.
 """
 
 import contextlib
+import functools
 import json
 import shutil
 import time
@@ -26,14 +30,16 @@ import onnx_ir as ir
 import torch
 from numpy.typing import NDArray
 
-from tokexport.engines.backend import Session, SessionOptions, load_backend
+from tokexport.engines.backend import Choice, Session, SessionOptions, load_backend
 from tokexport.engines.backends.torch_eager import TorchSession
 from tokexport.engines.backends.transformers import TransformersSession
 from tokexport.engines.compare import (
     Check,
+    Tolerance,
     compare_choices,
     compare_counts,
     compare_indices,
+    compare_kept,
     compare_tensors,
     load_tolerances,
 )
@@ -77,12 +83,23 @@ class Transcript:
         logits: for each turn, of every prompt token and every step of the answer, (Q, W).
         answers: for each turn, the tokens of the answer.
         cache: for each layer, keys and values (B, K, length, E).
+        choices: for each image, what bottlenecks chose by attention, by their layers.
     """
 
     features: NDArray[np.float32]
     logits: list[NDArray[np.float32]]
     answers: list[list[int]]
     cache: list[tuple[NDArray[np.float32], NDArray[np.float32]]]
+    choices: list[Mapping[int, Choice]]
+
+    def kept(self) -> list[dict[int, NDArray[np.int64]]]:
+        """Return for each image which tokens each bottleneck kept, (B, M)."""
+        return [{layer: choice.kept_BM for layer, choice in chosen.items()} for chosen in self.choices]
+
+    def keeps_as(self, other: "Transcript") -> bool:
+        """Say whether both kept the same tokens."""
+        pairs = zip(self.kept(), other.kept(), strict=True)
+        return all(a.keys() == b.keys() and all(np.array_equal(a[layer], b[layer]) for layer in a) for a, b in pairs)
 
 
 @dataclass(frozen=True)
@@ -161,7 +178,10 @@ def verify(
         progress("our modules, quantized")
         reference = TorchSession(made, options, is_quantized=True)
         lost = "int4" if "int4" in (quantize.vision_encoder, quantize.decoder) else "int8"
-        expected = ladder.climb("reference vs quantized reference", reference, expected, judged_by=lost)
+        following = functools.partial(TorchSession, made, options)
+        expected = ladder.climb(
+            "reference vs quantized reference", reference, expected, judged_by=lost, following=following
+        )
         step = "quantized reference vs ort-portable"
     taps = reference.vision_layer_outputs(probe.pixel_values)
     del reference
@@ -175,12 +195,14 @@ def verify(
         *ladder.vision_checks(step, taps, options.threads, judged_by),
     ]
     portable = load_backend("ort-portable").open(bundle, options)
-    expected = ladder.climb(step, portable, expected, graph_checks, judged_by=judged_by)
+    following = functools.partial(TorchSession, made, options, is_quantized=quantize.is_active)
+    expected = ladder.climb(step, portable, expected, graph_checks, judged_by=judged_by, following=following)
     engine = load_backend(backend)
     if backend != "ort-portable":
         progress(backend)
         judged_by = "bytes" if matrices else None
-        ladder.climb(f"ort-portable vs {backend}", engine.open(bundle, options), expected, judged_by=judged_by)
+        session = engine.open(bundle, options)
+        ladder.climb(f"ort-portable vs {backend}", session, expected, judged_by=judged_by, following=following)
     seconds = time.perf_counter() - started
     return Verification(tuple(ladder.checks), made.recipe.export.dtype, backend, seconds, ladder.written)
 
@@ -225,7 +247,7 @@ def make_probe(made: Design) -> Probe:
 def record(session: Session, probe: Probe, answers: Sequence[Sequence[int]] | None = None) -> Transcript:
     """Hold the probe's conversation; without ``answers`` they are chosen greedily."""
     features = session.encode_images(probe.pixel_values)
-    transcript = Transcript(np.asarray(features, np.float32), [], [], [])
+    transcript = Transcript(np.asarray(features, np.float32), [], [], [], [])
     conversation, used = Conversation(session), 0
     for turn, prompt in enumerate(probe.prompts):
         count = prompt.count(IMAGE)
@@ -240,6 +262,7 @@ def record(session: Session, probe: Probe, answers: Sequence[Sequence[int]] | No
         transcript.answers.append(answer)
     for layer, group in enumerate(session.plan.group_of_layer):
         transcript.cache.append(session.read_cache(layer, conversation.lengths[group]))
+    transcript.choices = conversation.choices
     return transcript
 
 
@@ -266,15 +289,20 @@ class _Ladder:
         before: Sequence[Check] = (),
         *,
         judged_by: str | None = None,
+        following: Callable[[], TorchSession] | None = None,
     ) -> Transcript:
         """Compare a session with what is expected, and return what it answered to the same tokens.
 
         ``before`` are checks of the same rung that were made already, ``judged_by`` are the tolerances, by default
-        those of the precision.
+        those of the precision. ``following`` opens the reference that can be made to keep the same tokens.
         """
         tolerances = load_tolerances(judged_by or self._dtype)
         found = record(session, self._probe, expected.answers)
-        checks = list(before)
+        if following is not None and not found.keeps_as(expected):
+            reference = following()
+            reference.follow(found.kept())
+            expected = record(reference, self._probe, expected.answers)
+        checks = [*before, *_choice_checks(step, found, expected, tolerances["scores"])]
         checks.append(
             compare_tensors(
                 "image features",
@@ -337,6 +365,22 @@ class _Ladder:
             )
             for name, values in expected.items()
         ]
+
+
+def _choice_checks(step: str, found: Transcript, expected: Transcript, tolerance: Tolerance) -> list[Check]:
+    """Compare scores of vision tokens, and which were kept; where something is quantized, only how far scores are."""
+    checks: list[Check] = []
+    for number, (a, b) in enumerate(zip(found.choices, expected.choices, strict=True), start=1):
+        for layer in b:
+            score, kept = (
+                functools.partial(compare, step=step, graph=_DECODER, layer=layer)
+                for compare in (compare_tensors, compare_kept)
+            )
+            where = f"image {number}, layer {layer}"
+            checks.append(score(f"token scores, {where}", a[layer].score_BN, b[layer].score_BN, tolerance))
+            if tolerance.norm is None:
+                checks.append(kept(f"kept tokens, {where}", a[layer].kept_BM, b[layer].score_BN, tolerance))
+    return checks
 
 
 def _whole_model_check(session: TransformersSession, probe: Probe, expected: Transcript, dtype: str) -> Check:

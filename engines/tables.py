@@ -247,7 +247,7 @@ def _gathered(checks: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
     """Gather checks that differ only in layer or turn into the worst of them; those that failed stand alone."""
     worst: dict[tuple[str, str], Mapping[str, Any]] = {}
     for number, check in enumerate(checks):
-        kind = re.sub(r"\.\d+$|, (layer|turn) \d+$", "", check["name"])
+        kind = re.sub(r"\.\d+$|(, (layer|turn|image) \d+)+$", "", check["name"])
         key = (check["step"], kind if check["passed"] else f"{kind} {number}")
         before = worst.get(key)
         if before is None:

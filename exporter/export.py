@@ -82,18 +82,18 @@ class Design:
             for method, arriving in self._steps()
             if (stage := method.feature_stage(self.model.spec, arriving)) is not None
         }
-        bottlenecks: dict[int, Bottleneck] = {}
-        for method, arriving in self._steps():
-            added = method.bottlenecks(self.model.spec, arriving)
-            taken = sorted(bottlenecks.keys() & added.keys())
-            if taken:
-                raise RecipeError(f"two methods have a bottleneck before layer {taken[0]}; move one of them")
-            bottlenecks |= added
         return {
             "vision_encoder": family.vision_encoder(config, grid, stages),
             "embed_tokens": family.token_embedding(config),
-            "decoder_model_merged": family.decoder(config, bottlenecks),
+            "decoder_model_merged": family.decoder(config, self._bottlenecks()),
         }
+
+    @property
+    def choosing_layers(self) -> tuple[int, ...]:
+        """The decoder layers before which tokens are chosen by attention."""
+        with torch.device("meta"):
+            bottlenecks = self._bottlenecks()
+        return tuple(sorted(layer for layer, bottleneck in bottlenecks.items() if bottleneck.look is not None))
 
     def open_weights(self) -> Weights:
         """Open the weights of the model and of its methods.
@@ -116,8 +116,18 @@ class Design:
         return {
             "vision_encoder": vision_encoder_io(spec, self.plan, dtype),
             "embed_tokens": embed_tokens_io(spec, dtype),
-            "decoder_model_merged": decoder_io(spec, self.plan, dtype),
+            "decoder_model_merged": decoder_io(spec, self.plan, dtype, self.choosing_layers),
         }
+
+    def _bottlenecks(self) -> dict[int, Bottleneck]:
+        bottlenecks: dict[int, Bottleneck] = {}
+        for method, arriving in self._steps():
+            added = method.bottlenecks(self.model.spec, arriving)
+            taken = sorted(bottlenecks.keys() & added.keys())
+            if taken:
+                raise RecipeError(f"two methods have a bottleneck before layer {taken[0]}; move one of them")
+            bottlenecks |= added
+        return bottlenecks
 
     def _learned(self) -> dict[str, Tensor]:
         return {

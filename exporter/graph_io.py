@@ -38,6 +38,17 @@ def cache_names(layer: int, prefix: str = "past_key_values") -> tuple[str, str]:
     return f"{prefix}.{layer}.key", f"{prefix}.{layer}.value"
 
 
+def choice_names(layer: int) -> tuple[str, str]:
+    """Return the names of what a choice before a layer goes by, and of which tokens it keeps."""
+    return f"token_scores.{layer}", f"kept_tokens.{layer}"
+
+
+def choosing_layers(io: GraphIO) -> tuple[int, ...]:
+    """Return the layers before which a decoder chooses tokens by attention."""
+    prefix = choice_names(0)[1].removesuffix("0")
+    return tuple(int(tensor.name.removeprefix(prefix)) for tensor in io.outputs if tensor.name.startswith(prefix))
+
+
 STAGES = "stages."
 """Behind it in the vision encoder stands the name of a method."""
 
@@ -81,11 +92,13 @@ def embed_tokens_io(spec: VlmSpec, dtype: str) -> GraphIO:
     )
 
 
-def decoder_io(spec: VlmSpec, plan: TokenPlan, dtype: str) -> GraphIO:
-    """Text, at most one image a call, more text, and the cache in; logits and the cache out.
+def decoder_io(spec: VlmSpec, plan: TokenPlan, dtype: str, choosing: Sequence[int] = ()) -> GraphIO:
+    """Text, at most one image a call, more text, and the cache in; logits and the cache out, and what was chosen.
 
     ``vision`` is 0 or the plan's ``entering_llm``; ``prefix`` and ``suffix`` may be 0. A layer's
     cache has the capacity of its group; outputs are to be bound to the buffers of the inputs.
+    Before each layer of ``choosing`` tokens are chosen by attention: of those that ``arrive`` there,
+    all have scores and some are ``kept``, counted from 0.
     """
     width = spec.hidden_size
     return GraphIO(
@@ -101,7 +114,16 @@ def decoder_io(spec: VlmSpec, plan: TokenPlan, dtype: str) -> GraphIO:
         outputs=(
             TensorIO(name="logits", dtype=dtype, shape=("batch", "num_logits", spec.vocab_size)),
             *_cache_io(spec, plan, dtype, "present"),
+            *(tensor for layer in choosing for tensor in _choice_io(layer)),
         ),
+    )
+
+
+def _choice_io(layer: int) -> tuple[TensorIO, TensorIO]:
+    scores, kept = choice_names(layer)
+    return (
+        TensorIO(name=scores, dtype="float32", shape=("batch", f"arriving_{layer}")),
+        TensorIO(name=kept, dtype="int64", shape=("batch", f"kept_{layer}")),
     )
 
 

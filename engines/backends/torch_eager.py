@@ -5,14 +5,14 @@ that the weights arrived.
 """
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from tokexport.engines.backend import Array, Backend, DecoderStep, Session, SessionOptions
+from tokexport.engines.backend import Array, Backend, Choice, DecoderStep, Session, SessionOptions
 from tokexport.engines.environment import available_cores
 from tokexport.engines.source import source_design
 from tokexport.exporter.bundle import Bundle
@@ -49,6 +49,8 @@ class TorchSession(Session):
         torch.set_num_threads(options.threads or available_cores())
         self._dtype = getattr(torch, made.recipe.export.dtype)
         self._tapped = made.model.family.vision_layers
+        self._choosing = made.choosing_layers
+        self._followed: list[Mapping[int, NDArray[np.int64]]] = []
         self._modules = _loaded_modules(made, self._dtype)
         if is_quantized:
             for graph, module in self._modules.items():
@@ -57,6 +59,10 @@ class TorchSession(Session):
             (self._empty(self.capacities[group]), self._empty(self.capacities[group]))
             for group in made.plan.group_of_layer
         ]
+
+    def follow(self, kept_tokens: Sequence[Mapping[int, NDArray[np.int64]]]) -> None:
+        """Keep these tokens, (B, M) by the layers of bottlenecks, of the next images, whatever would be chosen."""
+        self._followed = list(kept_tokens)
 
     @torch.inference_mode()
     def encode_images(self, pixel_values: NDArray[np.float32]) -> Array:
@@ -86,11 +92,17 @@ class TorchSession(Session):
 
     @torch.inference_mode()
     def decode(self, step: DecoderStep) -> NDArray[np.float32]:
-        logits, _ = self._modules["decoder_model_merged"](
+        has_image = step.image_features.shape[1] > 0
+        followed = self._followed.pop(0) if has_image and self._followed else {}
+        logits, _, choices = self._modules["decoder_model_merged"](
             *(self._tensor(array) for array in (step.prefix_embeds, step.image_features, step.suffix_embeds)),
             *(torch.from_numpy(array) for array in (step.position_ids, step.past_lengths, step.logits_to_keep)),
             self._cache,
+            {layer: torch.from_numpy(kept_BM) for layer, kept_BM in followed.items()},
         )
+        if has_image:
+            made = (Choice(score_BN.numpy(), kept_BM.numpy()) for score_BN, kept_BM in choices)
+            self.choices = dict(zip(self._choosing, made, strict=True))
         return _to_numpy(logits)
 
     def read_cache(self, layer: int, length: int) -> tuple[NDArray[np.float32], NDArray[np.float32]]:

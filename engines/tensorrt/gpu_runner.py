@@ -9,14 +9,14 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from tokexport.engines.backend import Array, DecoderStep
+from tokexport.engines.backend import Array, Choice, DecoderStep
 from tokexport.engines.tensorrt.engine_folder import Engines
 from tokexport.engines.tensorrt.library import Library
 from tokexport.engines.tensorrt.phases import PhaseName, phase_of, phases
 from tokexport.engines.tensorrt.session import Runner
 from tokexport.errors import EngineError
 from tokexport.exporter.bundle import Bundle
-from tokexport.exporter.graph_io import cache_names
+from tokexport.exporter.graph_io import cache_names, choice_names, choosing_layers
 
 # Runs of one shape before it is captured, so that nothing is allocated while it is.
 _WARM_UP = 2
@@ -47,6 +47,13 @@ class GpuRunner(Runner):
         self._vision_context = self._vision.context(0, self._stream)
         self._cache = self._new_cache(engines)
         self._buffers: dict[tuple[str, tuple[int, ...]], Tensor] = {}
+        self._results: dict[str, Tensor] = {}
+        self._choosing = choosing_layers(bundle.graph_io("decoder_model_merged"))
+        self._choice_dtypes = {
+            name: dtype
+            for layer in self._choosing
+            for name, dtype in zip(choice_names(layer), (torch.float32, torch.int64), strict=True)
+        }
         self._graph: torch.cuda.CUDAGraph | None = None
         self._decoded = 0
 
@@ -59,9 +66,15 @@ class GpuRunner(Runner):
         inputs = {name: self._filled(name, self._typed(array)) for name, array in step.inputs().items()} | self._cache
         phase = phase_of(step)
         context = self._contexts[phase]
-        if phase != "decode":
-            return self._run(self._decoder, context, inputs, "logits").float().cpu().numpy()
-        return self._decode_one(context, inputs).float().cpu().numpy()
+        if phase == "decode":
+            return self._decode_one(context, inputs).float().cpu().numpy()
+        logits = self._run(self._decoder, context, inputs, "logits").float().cpu().numpy()
+        if step.image_features.shape[1]:
+            self.choices = {
+                layer: Choice(*(self._results[name].cpu().numpy() for name in choice_names(layer)))
+                for layer in self._choosing
+            }
+        return logits
 
     def read_cache(self, layer: int, length: int) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
         keys, values = (self._cache[name][:, :, :length].float().cpu().numpy() for name in cache_names(layer))
@@ -107,17 +120,20 @@ class GpuRunner(Runner):
                 raise EngineError(f"the engine takes no {name} of {tuple(tensor.shape)} in this profile")
             # An empty tensor has no address, and every input needs one.
             context.set_tensor_address(name, tensor.data_ptr() or self._stand_in.data_ptr())
-        shape = tuple(context.get_tensor_shape(output))
-        key = (output, shape)
-        if key not in self._buffers:
-            self._buffers[key] = torch.empty(shape, dtype=self._dtype, device=self._device)
-        context.set_tensor_address(output, self._buffers[key].data_ptr())
         for name in engine.outputs:
             if name.startswith("present."):
                 # In place: the cache goes out where it came in.
                 past = name.replace("present.", "past_key_values.", 1)
                 context.set_tensor_address(name, inputs[past].data_ptr())
-        return self._buffers[key]
+                continue
+            shape = tuple(context.get_tensor_shape(name))
+            key = (name, shape)
+            if key not in self._buffers:
+                dtype = self._choice_dtypes.get(name, self._dtype)
+                self._buffers[key] = torch.empty(shape, dtype=dtype, device=self._device)
+            self._results[name] = self._buffers[key]
+            context.set_tensor_address(name, self._buffers[key].data_ptr() or self._stand_in.data_ptr())
+        return self._results[output]
 
     @property
     def _stand_in(self) -> Tensor:

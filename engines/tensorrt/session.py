@@ -4,21 +4,29 @@ P text tokens before an image, V vision tokens, S text tokens after it, G layer 
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
+from types import MappingProxyType
 
 import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
-from tokexport.engines.backend import Array, DecoderStep, Session, SessionOptions
+from tokexport.engines.backend import Array, Choice, DecoderStep, Session, SessionOptions
 from tokexport.engines.tensorrt.phases import Room, room_of
 from tokexport.errors import InputError
 from tokexport.exporter.bundle import Bundle
+from tokexport.exporter.graph_io import choosing_layers
 
 
 class Runner(ABC):
-    """What computes: engines on a GPU, or the same graphs elsewhere."""
+    """What computes: engines on a GPU, or the same graphs elsewhere.
+
+    Attributes:
+        choices: what bottlenecks chose by attention, by their layers, in the last call that brought an image.
+    """
+
+    choices: Mapping[int, Choice] = MappingProxyType({})
 
     @abstractmethod
     def encode(self, pixel_values: NDArray[np.float32]) -> Array:
@@ -61,6 +69,7 @@ class TensorrtSession(Session):
         super().__init__(bundle.spec, bundle.plan, options)
         self._built, self._room, self._runner = built, room_of(built), runner
         self._table_WD = _embedding_table(bundle)
+        self._is_choosing = bool(choosing_layers(bundle.graph_io("decoder_model_merged")))
 
     @property
     def capacities(self) -> tuple[int, ...]:
@@ -86,6 +95,7 @@ class TensorrtSession(Session):
             keep = here if len(here) else np.array([call.num_last - 1])
             found = self._runner.decode(replace(call.step, logits_to_keep=keep))
             logits.append(found[:, : len(here)])
+        self.choices = self._runner.choices
         return np.concatenate(logits, axis=1)
 
     def read_cache(self, layer: int, length: int) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
@@ -116,6 +126,12 @@ class TensorrtSession(Session):
             text = np.concatenate((step.prefix_embeds, step.suffix_embeds), axis=1)
             yield from done.text(text, room)
             return
+        if self._is_choosing and step.suffix_embeds.shape[1] > room.suffix:
+            raise InputError(
+                f"{step.suffix_embeds.shape[1]} text tokens behind an image do not fit into one call, compiled for "
+                f"{room.suffix}, and the choice of vision tokens reads all of them; shorten the question or compile "
+                "with more room"
+            )
         early = max(0, step.prefix_embeds.shape[1] - room.prefix)
         yield from done.text(step.prefix_embeds[:, :early], room)
         yield done.image(step.prefix_embeds[:, early:], step.suffix_embeds[:, : room.suffix])

@@ -24,12 +24,16 @@ class Bottleneck(nn.Module, ABC):
     positions: PositionPolicy
     look: SpanAttention | None
 
+    def scores(self, attention_BN: Tensor) -> Tensor:
+        """Return what it chooses by, (B, N) in float32, of what ``look`` makes; N is 0 in a call without an image."""
+        return attention_BN.float()
+
     @abstractmethod
-    def choose(self, attention_BN: Tensor | None) -> Tensor:
+    def choose(self, score_BN: Tensor | None) -> Tensor:
         """Return which of N vision tokens stay, ascending: (M,) the same whatever the image, or (B, M).
 
         Args:
-            attention_BN: what ``look`` makes; N is 0 in a call without an image, and so is then M.
+            score_BN: what it chooses by, None for a choice without attention; where N is 0, so is M.
         """
 
     def forward(self, x_BT: Tensor, num_before: int, num_vision: int, index: Tensor) -> Tensor:
@@ -56,7 +60,7 @@ class StaticGather(Bottleneck):
         # On the CPU even while the model is built on the meta device: the index is data, not a weight.
         self.register_buffer("index_M", torch.tensor(index, dtype=torch.int64, device="cpu"), persistent=False)
 
-    def choose(self, attention_BN: Tensor | None) -> Tensor:
+    def choose(self, score_BN: Tensor | None) -> Tensor:
         return self.index_M
 
 
@@ -91,9 +95,12 @@ class ScoredGather(Bottleneck):
         self.score = nn.Identity() if score is None else score
         self.top = TopTokens(count)
 
-    def choose(self, attention_BN: Tensor | None) -> Tensor:
-        assert attention_BN is not None
-        return self.top(self.score(attention_BN))
+    def scores(self, attention_BN: Tensor) -> Tensor:
+        return self.score(attention_BN).float()
+
+    def choose(self, score_BN: Tensor | None) -> Tensor:
+        assert score_BN is not None
+        return self.top(score_BN)
 
 
 class FeatureGather(nn.Module):

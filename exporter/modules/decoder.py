@@ -10,6 +10,7 @@ Q logits asked for, W vocabulary
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from types import MappingProxyType
 
 import torch
 from torch import Tensor, nn
@@ -128,6 +129,9 @@ class Span:
 LayerCache = tuple[Tensor, Tensor]
 """Keys and values of one layer, (B, K, C, E) each."""
 
+Choice = tuple[Tensor, Tensor]
+"""Scores of the N vision tokens that arrive at a bottleneck, (B, N), and which M of them stay, (B, M)."""
+
 
 class Decoder(nn.Module):
     """Llama with bottlenecks before chosen layers.
@@ -161,7 +165,8 @@ class Decoder(nn.Module):
         past_lengths: Tensor,
         logits_to_keep: Tensor,
         past_key_values: Sequence[LayerCache],
-    ) -> tuple[Tensor, list[LayerCache]]:
+        kept_tokens: Mapping[int, Tensor] = MappingProxyType({}),
+    ) -> tuple[Tensor, list[LayerCache], list[Choice]]:
         """Run T = P + V + S new tokens.
 
         Args:
@@ -172,13 +177,15 @@ class Decoder(nn.Module):
             past_lengths: tokens already in the cache of each layer group, (G, B).
             logits_to_keep: which of the last layer's tokens get logits, (Q,), counted from 0.
             past_key_values: the cache of each layer, (B, K, C, E) twice.
+            kept_tokens: what bottlenecks that choose by attention have to keep, (B, M) by their layers, in place of
+                their own choice.
 
         Returns:
-            Logits (B, Q, W) and the cache with the new tokens in it.
+            Logits (B, Q, W), the cache with the new tokens in it, and what each bottleneck chose by attention.
         """
         num_before, num_vision, num_after = prefix_embeds.shape[1], image_features.shape[1], suffix_embeds.shape[1]
         x_BTD = torch.cat((prefix_embeds, image_features, suffix_embeds), dim=1)
-        group, caches = 0, []
+        group, caches, choices = 0, [], []
         rope = Rope(self.cos_RE, self.sin_RE, position_ids)
         span = Span(past_lengths[0], past_lengths[0] + x_BTD.shape[1])
         arrived_BTD = x_BTD
@@ -186,13 +193,15 @@ class Decoder(nn.Module):
             if str(index) in self.bottlenecks:
                 bottleneck = self.bottlenecks[str(index)]
                 assert isinstance(bottleneck, Bottleneck)
-                attention_BN = None
+                score_BN = None
                 if bottleneck.look is not None:
                     seen_BTD, looking = (
                         (x_BTD, layer) if bottleneck.look.is_own else (arrived_BTD, self.layers[index - 1])
                     )
-                    attention_BN = bottleneck.look(looking, seen_BTD, rope, num_before, num_vision)
-                kept = bottleneck.choose(attention_BN)
+                    score_BN = bottleneck.scores(bottleneck.look(looking, seen_BTD, rope, num_before, num_vision))
+                kept = kept_tokens[index] if index in kept_tokens else bottleneck.choose(score_BN)
+                if score_BN is not None:
+                    choices.append((score_BN, kept))
                 x_BTD = bottleneck(x_BTD, num_before, num_vision, kept)
                 group += 1
                 span = Span(past_lengths[group], past_lengths[group] + x_BTD.shape[1])
@@ -206,4 +215,4 @@ class Decoder(nn.Module):
             x_BTD, cache = layer(x_BTD, rope, past_key_values[index], span)
             caches.append(cache)
         kept_BQD = self.norm(x_BTD).index_select(1, logits_to_keep)
-        return self.lm_head(kept_BQD), caches
+        return self.lm_head(kept_BQD), caches, choices

@@ -18,9 +18,11 @@ from tokexport.engines.compare import (
     compare_choices,
     compare_counts,
     compare_indices,
+    compare_kept,
     compare_tensors,
     difference_of,
     load_tolerances,
+    misplaced_tokens,
 )
 from tokexport.errors import RecipeError
 from tokexport.exporter.plan import DTYPE_BYTES
@@ -218,3 +220,39 @@ def test_no_tolerance_of_float32_reaches_one_in_a_thousand():
 def test_a_tolerance_without_a_reason_is_refused():
     with pytest.raises(RecipeError, match=r"^\[float32.logits\] needs the key 'reason'$"):
         parse_table(Tolerance, {"absolute": 1e-4}, "[float32.logits]")
+
+
+# --- tokens kept for their scores
+
+SCORES = np.array([[0.5, 0.1, 0.3, 0.29995, 0.2]], np.float32)
+
+
+@pytest.mark.parametrize(
+    ("kept", "ties", "wrong"),
+    [
+        ([0, 2], 0, 0),
+        ([0, 3], 1, 0),
+        ([0, 4], 0, 1),
+        ([3, 4], 1, 1),
+        ([1, 4], 0, 2),
+        ([2, 0], 0, 2),
+        ([0, 0], 0, 2),
+    ],
+    ids=["right", "a near-tie", "too low", "one of each", "both too low", "not in order", "one twice"],
+)
+def test_tokens_kept_against_their_scores_are_counted_near_ties_apart(kept: list[int], ties: int, wrong: int):
+    assert misplaced_tokens(np.array([kept]), SCORES, TIGHT) == (ties, wrong)
+    check = compare_kept("kept", np.array([kept]), SCORES, TIGHT)
+    assert (check.passed, check.max_abs_diff) == (wrong == 0, wrong)
+
+
+def test_of_equal_scores_the_first_is_right():
+    exact = Tolerance(reason="for the test")
+    assert misplaced_tokens(np.array([[0, 1]]), np.zeros((1, 4), np.float32), exact) == (0, 0)
+    # Without any room, an equal score is still a near-tie, not an error.
+    assert misplaced_tokens(np.array([[2, 3]]), np.zeros((1, 4), np.float32), exact) == (2, 0)
+
+
+def test_more_tokens_than_have_scores_cannot_be_compared():
+    check = compare_kept("kept", np.arange(6)[None], SCORES, TIGHT)
+    assert (check.passed, check.note) == (False, "6 kept of 5")
