@@ -80,6 +80,7 @@ def build(
             with_bench=with_bench,
             progress=terminal.step,
             tick=terminal.tick,
+            written=terminal.written,
         )
     report = built.bundle.read_report("plan.json") or {}
     terminal.show(*plan_tables(report, built.bundle.plan))
@@ -112,7 +113,13 @@ def export(out: Path | None, overwrite: bool, as_json: bool, quiet: bool, **reci
 
     loaded, terminal = recipe_from(**recipe), Terminal(quiet=quiet)
     with terminal.working():
-        bundle = export_only(loaded, out or Path("out") / loaded.name, overwrite=overwrite, progress=terminal.step)
+        bundle = export_only(
+            loaded,
+            out or Path("out") / loaded.name,
+            overwrite=overwrite,
+            progress=terminal.step,
+            written=terminal.written,
+        )
     terminal.show(f"exported {bundle.path}; not verified")
     if as_json:
         _print_json({"path": str(bundle.path), "plan": bundle.read_report("plan.json")})

@@ -41,6 +41,7 @@ def build(
     with_bench: bool = True,
     progress: Progress = lambda _: None,
     tick: Tick = lambda _done, _total: None,
+    written: Tick = lambda _done, _total: None,
 ) -> Built:
     """Make an artefact from a recipe.
 
@@ -57,6 +58,7 @@ def build(
         with_bench: make a short benchmark, without control arms.
         progress: told what is being done.
         tick: told how many of all measured runs are done.
+        written: told how many bytes of a graph's weights are written.
 
     Raises:
         RecipeError, CheckpointError, BundleError: see ``design`` and ``export``.
@@ -71,7 +73,7 @@ def build(
     require_askable(made.model.directory)
     repro = repro_folder(out)
     with BundleWriter(out, overwrite=overwrite) as writer:
-        bundle = export(made, writer, progress)
+        bundle = export(made, writer, progress, written=written)
         options = SessionOptions.for_bundle(bundle, threads=threads)
         verification = measured = None
         if with_verify:
@@ -95,12 +97,19 @@ def build(
         return Built(writer.commit(), verification, measured)
 
 
-def export_only(recipe: Recipe, out: Path, *, overwrite: bool = False, progress: Progress = lambda _: None) -> Bundle:
+def export_only(
+    recipe: Recipe,
+    out: Path,
+    *,
+    overwrite: bool = False,
+    progress: Progress = lambda _: None,
+    written: Tick = lambda _done, _total: None,
+) -> Bundle:
     """Write the graphs without running anything."""
     made = design(recipe)
     require_askable(made.model.directory)
     with BundleWriter(out, overwrite=overwrite) as writer:
-        export(made, writer, progress)
+        export(made, writer, progress, written=written)
         return writer.commit()
 
 

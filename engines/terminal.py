@@ -21,9 +21,15 @@ class Terminal:
         self._console = Console(stderr=True, quiet=quiet, markup=False)
         if not self._console.is_terminal:
             self._console.width = _WIDTH_OF_FILES
-        columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(bar_width=24), TimeElapsedColumn())
+        columns = (
+            SpinnerColumn(),
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=24),
+            TimeElapsedColumn(),
+            TextColumn("{task.fields[amount]}"),
+        )
         self._progress = Progress(*columns, console=self._console, transient=True, disable=quiet)
-        self._task = self._progress.add_task("starting", total=None)
+        self._task = self._progress.add_task("starting", total=None, amount="")
 
     @contextlib.contextmanager
     def working(self) -> Generator[None]:
@@ -34,13 +40,21 @@ class Terminal:
     def step(self, text: str) -> None:
         """Say what is done now."""
         if self._console.is_terminal:
-            self._progress.update(self._task, description=text, total=None)
+            # Each step has a rate of its own.
+            self._progress.reset(self._task, description=text, total=None, amount="")
         else:
             self._console.print(text, highlight=False)
 
     def tick(self, done: int, total: int) -> None:
         """Say how much of it is done."""
         self._progress.update(self._task, completed=done, total=total)
+
+    def written(self, done: int, total: int) -> None:
+        """Say how many bytes of it are written, and how fast."""
+        self._progress.update(self._task, completed=done, total=total)
+        speed = self._progress.tasks[0].speed
+        rate = f", {speed / 1e6:,.0f} MB/s" if speed else ""
+        self._progress.update(self._task, amount=f"{done / 1e9:.1f} of {total / 1e9:.1f} GB{rate}")
 
     def show(self, *items: RenderableType) -> None:
         """Print results."""

@@ -55,6 +55,7 @@ from tokexport.recipes.load import recipe_table, recipe_toml
 from tokexport.recipes.schema import Recipe
 
 Progress = Callable[[str], None]
+Tick = Callable[[int, int], None]
 
 
 @dataclass(frozen=True)
@@ -156,7 +157,12 @@ def design(recipe: Recipe, *, describe: Callable[..., Model] = describe_model) -
 
 
 def export(
-    made: Design, writer: BundleWriter, progress: Progress = lambda _: None, *, twin: Bundle | None = None
+    made: Design,
+    writer: BundleWriter,
+    progress: Progress = lambda _: None,
+    *,
+    written: Tick = lambda _done, _total: None,
+    twin: Bundle | None = None,
 ) -> Bundle:
     """Write the graphs, the weights, the recipe and the manifest into the writer's staging folder.
 
@@ -164,6 +170,7 @@ def export(
         made: what to export.
         writer: where to.
         progress: told what is being done.
+        written: told how many bytes of a graph's weights are written.
         twin: an artefact of the same weights; its weight files are linked instead of written.
 
     Raises:
@@ -185,7 +192,7 @@ def export(
         model, bound = _traced(graph, modules[graph], interfaces[graph], made, weights)
         progress(f"writing {graph}")
         if twin is None:
-            _store_weights(model, bound, writer.staging / "onnx", f"{graph}.onnx_data")
+            _store_weights(model, bound, writer.staging / "onnx", f"{graph}.onnx_data", written)
         else:
             _share_weights(model, bound, twin.graph_path(graph), writer.staging / "onnx")
         ir.save(model, writer.staging / "onnx" / f"{graph}.onnx")
@@ -260,11 +267,14 @@ def _traced(
     return model, [stored for name in names for stored in quantize.stored.get(name, (name,))]
 
 
-def _store_weights(model: ir.Model, bound: Sequence[str], folder: Path, file_name: str) -> None:
+def _store_weights(model: ir.Model, bound: Sequence[str], folder: Path, file_name: str, written: Tick) -> None:
     """Read the weights one by one and write each before the next is read."""
     values = [model.graph.initializers[name] for name in bound]
     tensors = [value.const_value for value in values if value.const_value is not None]
-    external = ir.external_data.convert_tensors_to_external(tensors, folder, file_name, max_workers=1)
+    total = sum(tensor.nbytes for tensor in tensors)
+    external = ir.external_data.convert_tensors_to_external(
+        tensors, folder, file_name, lambda _, info: written(info.offset, total), max_workers=1
+    )
     for value, tensor in zip(values, external, strict=True):
         value.const_value = tensor
 

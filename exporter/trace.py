@@ -29,7 +29,7 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from tokexport.exporter.graph_io import GraphIO, TensorIO, node_scope
 from tokexport.exporter.modules.ops import onnx_translations
 from tokexport.exporter.passes.fold_weight_transposes import FoldWeightTransposes
-from tokexport.exporter.weights import Weights
+from tokexport.exporter.weights import Weights, converted
 
 OPSET = 24
 # Sizes to trace with: none is 0 or 1, which torch.export would take for constants.
@@ -120,7 +120,8 @@ def bind_weights(model: ir.Model, weights: Weights, names: Mapping[str, str], dt
 
 def _lazy(name: str, stored_name: str, weights: Weights, shape: ir.Shape, dtype: str) -> ir.LazyTensor:
     def read() -> ir.TensorProtocol:
-        return ir.tensor(weights.load(stored_name).to(getattr(torch, dtype)).contiguous(), name=name)
+        tensor = converted(weights.load(stored_name), getattr(torch, dtype), stored_name)
+        return ir.tensor(tensor.contiguous(), name=name)
 
     return ir.LazyTensor(read, dtype=ir.DataType[_IR_NAMES[dtype]], shape=shape, name=name)
 

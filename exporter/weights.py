@@ -45,7 +45,7 @@ class SafetensorsWeights(Weights):
     """
 
     def __init__(self, directory: Path, rename: Rename) -> None:
-        self._stored: dict[str, tuple[Any, str]] = {}
+        self._stored: dict[str, tuple[Path, str]] = {}
         self._shapes: dict[str, tuple[int, ...]] = {}
         for path in _shard_paths(directory):
             handle = _open_shard(path)
@@ -58,7 +58,7 @@ class SafetensorsWeights(Weights):
                         f"{directory} holds two tensors for {name}: {self._stored[name][1]} and "
                         f"{stored_name}; keep one of them"
                     )
-                self._stored[name] = (handle, stored_name)
+                self._stored[name] = (path, stored_name)
                 self._shapes[name] = tuple(handle.get_slice(stored_name).get_shape())
 
     @property
@@ -66,8 +66,16 @@ class SafetensorsWeights(Weights):
         return self._shapes
 
     def load(self, name: str) -> Tensor:
-        handle, stored_name = self._stored[name]
-        return handle.get_tensor(stored_name)
+        path, stored_name = self._stored[name]
+        # Opened anew for each tensor: pages of a file that stays mapped would add up to all of it.
+        with _open_shard(path) as handle:
+            try:
+                tensor = handle.get_tensor(stored_name)
+            except SafetensorError:
+                tensor = None
+        if tensor is None or tuple(tensor.shape) != self._shapes[name]:
+            raise CheckpointError(f"{path} changed while it was read: {stored_name} is another; start again")
+        return tensor
 
 
 class RandomWeights(Weights):
@@ -147,6 +155,29 @@ class TiedWeights(Weights):
 
     def load(self, name: str) -> Tensor:
         return self.base.load(self.embedding if name == self.head else name)
+
+
+def converted(tensor: Tensor, dtype: torch.dtype, name: str) -> Tensor:
+    """Return a weight in another precision.
+
+    Raises:
+        CheckpointError: it holds what is no number, or more than ``dtype`` can hold.
+    """
+    result = tensor.to(dtype)
+    if not tensor.numel() or all(bound.isfinite() for bound in result.aminmax()):
+        return result
+    largest = tensor.abs().max().item()
+    if not math.isfinite(largest):
+        count = int((~tensor.isfinite()).sum())
+        raise CheckpointError(
+            f"{name} has {count:,} of {tensor.numel():,} values that are no finite numbers; fetch or train the "
+            "checkpoint again"
+        )
+    precision = str(dtype).removeprefix("torch.")
+    raise CheckpointError(
+        f"{name} reaches {largest:.3g}, and {precision} holds at most {torch.finfo(dtype).max:,.0f}; choose "
+        "--dtype bfloat16 or float32"
+    )
 
 
 def merge_adapter(base: Weights, directory: Path, rename: Rename) -> AdapterWeights:

@@ -1,6 +1,7 @@
 """Checkpoints of every layout give the same weights; those that do not fit are refused."""
 
 import json
+import math
 import re
 import shutil
 from collections.abc import Callable, Mapping
@@ -21,7 +22,7 @@ from tokexport.exporter.bundle import Bundle
 from tokexport.exporter.checkpoint import describe_model, fingerprint, open_weights
 from tokexport.exporter.export import design, planned, weight_names
 from tokexport.exporter.trace import bind_weights, trace
-from tokexport.exporter.weights import RandomWeights, TiedWeights, Weights, check_shapes
+from tokexport.exporter.weights import RandomWeights, TiedWeights, Weights, check_shapes, converted
 from tokexport.recipes.load import override
 from tokexport.recipes.schema import ModelTable, Recipe
 
@@ -271,6 +272,38 @@ def test_a_truncated_shard_is_named(sharded: Path):
         CheckpointError, match=rf"{shard.name} is damaged or truncated \([\d,]+ bytes: .*; fetch it again"
     ):
         weights_of(sharded)
+
+
+def test_a_shard_that_changes_while_it_is_read_is_named(sharded: Path):
+    weights = weights_of(sharded)
+    for shard in sharded.glob("model-*.safetensors"):
+        save_file({name: tensor[..., :1].clone() for name, tensor in load_file(shard).items()}, shard)
+    with pytest.raises(
+        CheckpointError, match=r"model-0000\d-of-0000\d.safetensors changed while it was read: .*q_proj"
+    ):
+        weights.load(QUERY)
+
+
+@pytest.mark.parametrize("values", [[1.0, torch.nan], [torch.inf, 2.0], [-torch.inf, torch.nan]])
+def test_weights_that_are_no_finite_numbers_are_named(values: list[float]):
+    count = sum(not math.isfinite(value) for value in values)
+    with pytest.raises(CheckpointError, match=f"^x.weight has {count} of 2 values that are no finite numbers; fetch"):
+        converted(torch.tensor(values), torch.float32, "x.weight")
+
+
+def test_weights_that_a_precision_cannot_hold_are_named():
+    tensor = torch.tensor([1.0, -70_000.0])
+    with pytest.raises(CheckpointError) as caught:
+        converted(tensor, torch.float16, "x.weight")
+    assert (
+        str(caught.value)
+        == "x.weight reaches 7e+04, and float16 holds at most 65,504; choose --dtype bfloat16 or float32"
+    )
+    assert converted(tensor, torch.bfloat16, "x.weight").isfinite().all()
+
+
+def test_no_weights_are_finite():
+    assert converted(torch.empty(0, 3), torch.float16, "x.weight").shape == (0, 3)
 
 
 @pytest.mark.parametrize(
