@@ -51,7 +51,10 @@ class Method(ABC):
         return None
 
     def feature_stage(self, spec: VlmSpec, arriving: TokenPlan) -> "nn.Module | None":
-        """Return what thins the image features (B, N, D) to (B, M, D) before the language model."""
+        """Return what thins the image features (B, N, D) to (B, M, D) before the language model.
+
+        A ``TowerStage`` reads the vision tower and stands before the projector.
+        """
         return None
 
     def bottlenecks(self, spec: VlmSpec, arriving: TokenPlan) -> "dict[int, Bottleneck]":

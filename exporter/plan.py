@@ -22,7 +22,12 @@ DTYPE_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
 
 @dataclass(frozen=True, kw_only=True)
 class VlmSpec:
-    """The sizes of a vision-language model that planning needs."""
+    """The sizes of a vision-language model that planning needs.
+
+    Attributes:
+        class_token_layers: layers of the vision tower up to the one whose output is taken, where a class token in them
+            attends to the vision tokens and methods can read it; None where there is no such token.
+    """
 
     family: str
     num_layers: int
@@ -35,6 +40,7 @@ class VlmSpec:
     max_positions: int
     image_size: int
     vision_grid: tuple[int, int]
+    class_token_layers: int | None = None
 
     def __post_init__(self) -> None:
         for name, value in vars(self).items():

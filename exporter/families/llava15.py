@@ -23,7 +23,7 @@ from tokexport.errors import CheckpointError, RecipeError, nearest
 from tokexport.exporter.family import Family
 from tokexport.exporter.modules.bottleneck import Bottleneck
 from tokexport.exporter.modules.decoder import Decoder, DecoderConfig
-from tokexport.exporter.modules.vision import ClipVisionEncoder
+from tokexport.exporter.modules.vision import ClipVisionEncoder, num_layers_used
 from tokexport.exporter.plan import VlmSpec
 
 # Tensor names found in published checkpoints, and what transformers calls them today.
@@ -123,6 +123,7 @@ class Llava15(Family):
             max_positions=text.max_position_embeddings,
             image_size=image_size,
             vision_grid=(side, side),
+            class_token_layers=num_layers_used(config) or None,
         )
 
     def image_token_id(self, config: PreTrainedConfig) -> int:

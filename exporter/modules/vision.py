@@ -15,13 +15,16 @@ from transformers import CLIPVisionConfig, CLIPVisionModel, LlavaConfig
 from transformers.models.clip.modeling_clip import CLIPVisionEmbeddings
 from transformers.models.llava.modeling_llava import LlavaMultiModalProjector
 
+from tokexport.exporter.modules.tower_stage import TowerStage
+
 
 class ClipVisionEncoder(nn.Module):
     """The CLIP tower of ``transformers``, LLaVA's projector, and every compression before the decoder.
 
     Sub-modules carry the names of ``LlavaForConditionalGeneration``, so that weights load by name.
     Layers behind the one whose output is taken are not built. ``grid``, rows and columns, is how many
-    patches the tower sees; for fewer than the model has, the image is shrunk first.
+    patches the tower sees; for fewer than the model has, the image is shrunk first. The first of ``stages``
+    may be a ``TowerStage``, which stands before the projector; the others stand behind it.
     """
 
     def __init__(self, config: LlavaConfig, grid: tuple[int, int], stages: Mapping[str, nn.Module]) -> None:
@@ -29,7 +32,7 @@ class ClipVisionEncoder(nn.Module):
         assert isinstance(config.vision_config, CLIPVisionConfig)
         vision_config = CLIPVisionConfig.from_dict(config.vision_config.to_dict())
         assert isinstance(vision_config, CLIPVisionConfig)
-        vision_config.num_hidden_layers = _num_layers_used(config)
+        vision_config.num_hidden_layers = num_layers_used(config)
         self.vision_tower: Any = CLIPVisionModel(vision_config)
         self.vision_tower.set_attn_implementation("sdpa")
         self.vision_tower.post_layernorm = nn.Identity()  # feeds only the pooled output, which LLaVA leaves out
@@ -41,15 +44,24 @@ class ClipVisionEncoder(nn.Module):
         embeddings.register_buffer("position_ids", position_ids, persistent=False)
         self.multi_modal_projector = LlavaMultiModalProjector(config)
         self.stages = nn.ModuleDict(stages)
+        assert not any(isinstance(stage, TowerStage) for stage in list(self.stages.values())[1:]), stages
 
     def forward(self, pixel_values: Tensor) -> Tensor:
         """Return the image features (B, M, D) of ``pixel_values`` (B, 3, height, width)."""
-        hidden_BNC = self.vision_tower.pre_layrnorm(self.vision_tower.embeddings(pixel_values))
-        for layer in self.vision_tower.encoder.layers:
-            hidden_BNC = layer(hidden_BNC, attention_mask=None)
-        features_BND = self.multi_modal_projector(hidden_BNC[:, 1:])  # without the class token
+        hidden_BGC = self.vision_tower.pre_layrnorm(self.vision_tower.embeddings(pixel_values))
+        tower_stage = next((stage for stage in self.stages.values() if isinstance(stage, TowerStage)), None)
+        seen: dict[str, Tensor] = {}
+        for number, layer in enumerate(self.vision_tower.encoder.layers):
+            if tower_stage is not None:
+                # Before the layer, whose output then comes last of all that bears its name in a graph.
+                seen |= tower_stage.look(number, layer, hidden_BGC)
+            hidden_BGC = layer(hidden_BGC, attention_mask=None)
+        # Without the class token, unless a method takes it.
+        tokens_BNC = hidden_BGC[:, 1:] if tower_stage is None else tower_stage(hidden_BGC, **seen)
+        features_BND = self.multi_modal_projector(tokens_BNC)
         for stage in self.stages.values():
-            features_BND = stage(features_BND)
+            if stage is not tower_stage:
+                features_BND = stage(features_BND)
         return features_BND
 
 
@@ -99,7 +111,7 @@ def interpolation_matrix(before: int, after: int, *, antialias: bool) -> Tensor:
     return shrunk[0, 0]
 
 
-def _num_layers_used(config: LlavaConfig) -> int:
+def num_layers_used(config: LlavaConfig) -> int:
     """Return how many tower layers stand before the hidden state that LLaVA takes.
 
     Hidden state 0 is the embedding, so the state -2 of a tower of L layers is the output of L - 1.
