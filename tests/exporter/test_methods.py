@@ -49,6 +49,7 @@ SPEC = VlmSpec(
     max_positions=64,
     image_size=56,
     vision_grid=(4, 4),
+    class_token_layers=2,
 )
 FULL = TokenPlan.uncompressed(SPEC)
 
@@ -90,6 +91,7 @@ EXAMPLES: dict[str, Sequence[Steps]] = {
         [{"method": "sample", "keep": 8}, {"method": "adsc", "drops": [{"layer": 2, "keep": 5}]}],
         [{"method": "sample", "keep": 6, "positions": "keep"}],
     ],
+    "visionzip": [[{"method": "visionzip", "keep": 7, "contextual": 3}]],
 }
 CASES = [steps for example in EXAMPLES.values() for steps in example]
 # Forms that other forms leave no doubt about are planned, but not traced once more.
