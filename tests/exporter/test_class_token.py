@@ -17,11 +17,13 @@ from tokexport.engines.parity import verify
 from tokexport.errors import RecipeError
 from tokexport.exporter.bundle import Bundle
 from tokexport.exporter.export import design
+from tokexport.exporter.modules.prumerge import AttendedWithNeighbours
 from tokexport.exporter.modules.visionzip import AttendedAndAverages
 from tokexport.recipes.schema import Recipe
 
 VISIONZIP: dict[str, object] = {"method": "visionzip", "keep": 7, "contextual": 3}
-CHOOSING = ("visionzip",)
+PRUMERGE: dict[str, object] = {"method": "prumerge", "keep": 6, "neighbours": 4}
+CHOOSING = ("visionzip", "prumerge")
 SIX_DEGREES = [0.0, 90.0, 10.0, 170.0, 45.0, 165.0]
 
 
@@ -76,10 +78,46 @@ def test_visionzip_chooses_for_each_image():
     assert visionzip().top(attention)[0].tolist() != visionzip().top(attention)[1].tolist()
 
 
+# --- PruMerge by hand
+
+
+def prumerge(*, kept: int, always: tuple[int, ...] = ()) -> AttendedWithNeighbours:
+    return AttendedWithNeighbours(layer=0, num_tokens=5, kept=kept, neighbours=1, always=always)
+
+
+def test_prumerge_adds_to_each_kept_token_what_is_most_like_it_and_sums_the_rest():
+    attention = torch.tensor([[0.4, 0.1, 0.3, 0.1, 0.1]])
+    # 0 and 2 stay. Most like 0 is 2, which stays as well; most like 2 is 3.
+    found = prumerge(kept=2)(column(99, 1, 10, 100, 1000, 10000), attention, directions([0.0, 180.0, 20.0, 30.0, 90.0]))
+    expected = [1 + 0.3 * 100, 100 + 0.1 * 1000, 0.1 * (10 + 1000 + 10000)]
+    assert found.flatten().tolist() == pytest.approx(expected)
+
+
+def test_prumerge_of_equals_takes_the_first_and_never_itself():
+    weights = prumerge(kept=2).weights(torch.full((1, 5), 0.1), directions([50.0] * 5))
+    expected = [[1, 0.1, 0, 0, 0], [0.1, 1, 0, 0, 0], [0, 0, 0.1, 0.1, 0.1]]
+    torch.testing.assert_close(weights, torch.tensor([expected]))
+
+
+def test_prumerge_plus_keeps_equidistant_tokens_and_the_most_attended_of_the_others():
+    attention = torch.tensor([[0.1, 0.2, 0.3, 0.4, 0.0]])
+    always = prumerge(kept=3, always=(0, 3))
+    kept_BA = always.weights(attention, directions([0.0, 40.0, 80.0, 120.0, 160.0])).argmax(-1)[:, :-1]
+    assert kept_BA.tolist() == [[0, 2, 3]]
+
+
+def test_half_of_what_prumerge_plus_keeps_is_equidistant(checkpoint: Path):
+    made = design(recipe_for(checkpoint, {**PRUMERGE, "plus": True}))
+    stage = made.methods[0].feature_stage(made.model.spec, made.plans[0])
+    assert isinstance(stage, AttendedWithNeighbours)
+    # 6 tokens are 5 kept ones and the sum; 2 of 16 in the middle of their halves.
+    assert stage.is_always_N.nonzero().flatten().tolist() == [4, 12]
+
+
 # --- in graphs
 
 
-@pytest.mark.parametrize("step", [VISIONZIP], ids=lambda step: step["method"])
+@pytest.mark.parametrize("step", [VISIONZIP, PRUMERGE], ids=lambda step: step["method"])
 def test_attention_stays_fused_and_no_product_of_the_tower_stands_twice(
     checkpoint: Path, exported: Callable[[Recipe], Bundle], tiny_full: Bundle, step: dict[str, Any]
 ):
@@ -104,8 +142,16 @@ def nodes_of_the_tower(bundle: Bundle) -> Counter[str]:
         [VISIONZIP],
         [{**VISIONZIP, "class_token": False}, {"method": "adsc", "drops": [{"layer": 2, "keep": 4}]}],
         [{"method": "resize", "keep": 9}, VISIONZIP],
+        [PRUMERGE],
+        [{**PRUMERGE, "plus": True}, {"method": "fastv", "keep": 3}],
     ],
-    ids=["visionzip", "visionzip without the class token before adsc", "visionzip of a smaller image"],
+    ids=[
+        "visionzip",
+        "visionzip without the class token before adsc",
+        "visionzip of a smaller image",
+        "prumerge",
+        "prumerge plus before fastv",
+    ],
 )
 def test_every_rung_of_the_ladder_holds(
     checkpoint: Path, exported: Callable[[Recipe], Bundle], steps: list[dict[str, Any]]
@@ -122,7 +168,7 @@ def test_every_rung_of_the_ladder_holds(
 # --- what is refused
 
 
-@pytest.mark.parametrize("step", [VISIONZIP], ids=lambda step: step["method"])
+@pytest.mark.parametrize("step", [VISIONZIP, PRUMERGE], ids=lambda step: step["method"])
 def test_a_tower_without_a_class_token_is_refused(checkpoint: Path, step: dict[str, Any]):
     made = design(recipe_for(checkpoint, step))
     spec = replace(made.model.spec, class_token_layers=None)
@@ -144,6 +190,11 @@ def test_a_tower_without_a_class_token_is_refused(checkpoint: Path, step: dict[s
         ),
         ([adsc(), VISIONZIP], "a method that drops tokens before the language model stands behind one that drops"),
         ([{**VISIONZIP, "keep": 17}], "visionzip: keep = 17 is more than the 16 vision tokens"),
+        (
+            [{**PRUMERGE, "neighbours": 16}],
+            "prumerge neighbours = 16 must be at least 1 and below the 16 vision tokens that the tower emits",
+        ),
+        ([{**PRUMERGE, "neighbours": 0}], "prumerge neighbours = 0 must be at least 1 and below the 16 vision tokens"),
         ([{**VISIONZIP, "contextual": 0}], "visionzip contextual = 0 asks for 0 merged tokens of 7; choose 1 to 5, so"),
         ([{**VISIONZIP, "contextual": 6}], "visionzip contextual = 6 asks for 6 merged tokens of 7; choose 1 to 5, so"),
         (

@@ -71,6 +71,7 @@ EXAMPLES: dict[str, Sequence[Steps]] = {
         ],
     ],
     "pool": [[{"method": "pool", "keep": 4}], [{"method": "pool", "keep": 5, "pattern": "stride"}]],
+    "prumerge": [[{"method": "prumerge", "keep": 6, "neighbours": 4}]],
     "pyramiddrop": [[{"method": "pyramiddrop", "drops": [{"layer": 1, "keep": 9}, {"layer": 3, "keep": 4}]}]],
     "random": [[{"method": "random", "keep": 5}]],
     "relevance": [
