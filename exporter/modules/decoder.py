@@ -198,7 +198,9 @@ class Decoder(nn.Module):
                     seen_BTD, looking = (
                         (x_BTD, layer) if bottleneck.look.is_own else (arrived_BTD, self.layers[index - 1])
                     )
-                    score_BN = bottleneck.scores(bottleneck.look(looking, seen_BTD, rope, num_before, num_vision))
+                    entered = (image_features, suffix_embeds)
+                    attention_BN = bottleneck.look(looking, seen_BTD, rope, num_before, num_vision, entered)
+                    score_BN = bottleneck.scores(attention_BN)
                 kept = kept_tokens[index] if index in kept_tokens else bottleneck.choose(score_BN)
                 if score_BN is not None:
                     choices.append((score_BN, kept))

@@ -1,7 +1,7 @@
 """Attention to the vision tokens in the open, where a method chooses by it; the model's own attention stays fused.
 
 B batch, H query heads, K key/value heads, E head width, T tokens of a call, U the last of them, N vision tokens,
-D width
+V those that entered the model, S text tokens behind them, D width
 """
 
 import math
@@ -22,16 +22,26 @@ class SpanAttention(nn.Module):
 
     Args:
         layer: ``own`` is the layer that follows, ``before`` the one that has just run.
-        queries: all ``text`` tokens behind the image, averaged, or the ``last`` token alone.
+        queries: all ``text`` tokens behind the image, averaged, the ``last`` token alone, or of the text those that are
+            ``raters``.
     """
 
-    def __init__(self, layer: Literal["own", "before"], queries: Literal["text", "last"]) -> None:
+    def __init__(self, layer: Literal["own", "before"], queries: Literal["text", "last", "raters"]) -> None:
         super().__init__()
         self.is_own = layer == "own"
         self._queries = queries
+        self._raters = TextRaters() if queries == "raters" else None
 
-    def forward(self, layer: "DecoderLayer", x_BTD: Tensor, rope: "Rope", num_before: int, num_vision: int) -> Tensor:
-        """Return shares (B, N), averaged over heads and rows.
+    def forward(
+        self,
+        layer: "DecoderLayer",
+        x_BTD: Tensor,
+        rope: "Rope",
+        num_before: int,
+        num_vision: int,
+        entered: tuple[Tensor, Tensor],
+    ) -> Tensor:
+        """Return shares (B, N), averaged over heads and rows; rows that are no raters count as 0.
 
         Args:
             layer: whose queries and keys count.
@@ -39,18 +49,41 @@ class SpanAttention(nn.Module):
             rope: with the positions of these tokens.
             num_before: tokens before the vision tokens.
             num_vision: N.
+            entered: vision tokens (B, V, D) and the text behind them (B, S, D) as they entered the model.
         """
         x_BTD = layer.input_layernorm(x_BTD)
         num_behind = x_BTD.shape[1] - num_before - num_vision
         # Of no image there is nothing to see, and no row is needed.
-        num_rows: Any = torch.sym_min(num_vision, 1) * (num_behind if self._queries == "text" else 1)
+        num_rows: Any = torch.sym_min(num_vision, 1) * (1 if self._queries == "last" else num_behind)
         first = x_BTD.shape[1] - num_rows
         row_rope = replace(rope, position_BT=rope.position_BT[:, first:])
         query_BHUE = layer.self_attn.queries(x_BTD[:, first:], row_rope)
-        return attention_to_span(query_BHUE, layer.self_attn.keys(x_BTD, rope), num_before, num_vision)
+        weight_BU = None
+        if self._raters is not None:
+            vision_BVD, text_BSD = entered
+            weight_BU = self._raters(vision_BVD, text_BSD[:, num_behind - num_rows :])
+        return attention_to_span(query_BHUE, layer.self_attn.keys(x_BTD, rope), num_before, num_vision, weight_BU)
 
 
-def attention_to_span(query_BHUE: Tensor, key_BKTE: Tensor, num_before: int, num_vision: int) -> Tensor:
+class TextRaters(nn.Module):
+    """Which text tokens have to do with the image: those to which it attends more than to the mean of all.
+
+    Each vision token shares itself out among the text tokens, by the product of both as they enter the language model
+    (SparseVLM, arXiv 2410.04417, section 3.2).
+    """
+
+    def forward(self, vision_BVD: Tensor, text_BUD: Tensor) -> Tensor:
+        """Return 1.0 for raters and 0.0 for others, (B, U)."""
+        num_vision, num_text = vision_BVD.shape[1], text_BUD.shape[1]
+        # Products of the whole width, without a scale: more than half precision holds.
+        share_BVU = (vision_BVD.float() @ text_BUD.float().mT).softmax(-1)
+        # Shares of each vision token sum to 1, so their mean is 1 / U; of equal ones all rate.
+        return (share_BVU.sum(1) * num_text >= torch.sym_max(num_vision, 1)).float()
+
+
+def attention_to_span(
+    query_BHUE: Tensor, key_BKTE: Tensor, num_before: int, num_vision: int, weight_BU: Tensor | None = None
+) -> Tensor:
     """Return the attention of the last U of T tokens to a span, averaged over heads and these tokens, (B, N).
 
     The shares of each row sum to 1 over all T. Without rows (U = 0), all are 0.
@@ -60,6 +93,7 @@ def attention_to_span(query_BHUE: Tensor, key_BKTE: Tensor, num_before: int, num
         key_BKTE: of all T, rotated.
         num_before: tokens before the span.
         num_vision: N.
+        weight_BU: what rows are multiplied with, by default 1.
     """
     num_rows, num_tokens = query_BHUE.shape[2], key_BKTE.shape[2]
     key_BHTE = key_BKTE
@@ -72,4 +106,7 @@ def attention_to_span(query_BHUE: Tensor, key_BKTE: Tensor, num_before: int, num
     # Sums over hundreds of tokens: in half precision, small shares would be lost.
     share_BHUT = score_BHUT.float().masked_fill(is_later_UT, -math.inf).softmax(-1)
     seen_BHUN = share_BHUT[..., num_before : num_before + num_vision]
-    return seen_BHUN.mean(1).sum(1) / torch.sym_max(num_rows, 1)
+    seen_BUN = seen_BHUN.mean(1)
+    if weight_BU is not None:
+        seen_BUN = seen_BUN * weight_BU.unsqueeze(-1)
+    return seen_BUN.sum(1) / torch.sym_max(num_rows, 1)

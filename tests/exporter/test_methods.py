@@ -92,6 +92,7 @@ EXAMPLES: dict[str, Sequence[Steps]] = {
         [{"method": "sample", "keep": 8}, {"method": "adsc", "drops": [{"layer": 2, "keep": 5}]}],
         [{"method": "sample", "keep": 6, "positions": "keep"}],
     ],
+    "sparsevlm": [[{"method": "sparsevlm", "drops": [{"layer": 1, "keep": 9}, {"layer": 3, "keep": 4}]}]],
     "visionzip": [[{"method": "visionzip", "keep": 7, "contextual": 3}]],
 }
 CASES = [steps for example in EXAMPLES.values() for steps in example]
@@ -364,6 +365,10 @@ def test_what_happens_before_the_model_does_not_depend_on_its_depth(method: Meth
         (
             [{"method": "pyramiddrop", "drops": [{"layer": 2, "keep": 8}, {"layer": 1, "keep": 4}]}],
             "[[compress]] pyramiddrop drops name the layers [2, 1]; each must be larger than the one before",
+        ),
+        (
+            [{"method": "sparsevlm", "drops": [{"layer": 0, "keep": 8}]}],
+            "[[compress]] sparsevlm drops layer = 0 must be at least 1: tokens are ranked by the layer before it",
         ),
         ([{"method": "relevance", "keep": 4}], "[[compress]] relevance needs the key 'weights'"),
         (

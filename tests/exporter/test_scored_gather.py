@@ -20,13 +20,14 @@ from tokexport.exporter.export import design
 from tokexport.exporter.modules import ops
 from tokexport.exporter.modules.bottleneck import ScoredGather
 from tokexport.exporter.modules.relevance import RelevanceNet
-from tokexport.exporter.modules.span_attention import SpanAttention, attention_to_span
+from tokexport.exporter.modules.span_attention import SpanAttention, TextRaters, attention_to_span
 from tokexport.recipes.schema import Recipe
 
 BEFORE, BEHIND = [5, 6, 7], [8, 9, 10, 11]
 OPTIONS = SessionOptions(max_text_tokens=64, max_images=2, threads=1)
 FASTV = {"method": "fastv", "keep": 6, "layer": 2}
 PYRAMID = {"method": "pyramiddrop", "drops": [{"layer": 1, "keep": 8}, {"layer": 3, "keep": 4}], "positions": "keep"}
+SPARSEVLM = {"method": "sparsevlm", "drops": [{"layer": 2, "keep": 10}, {"layer": 3, "keep": 4}]}
 RELEVANCE = {"method": "relevance", "keep": 6, "weights": "untrained", "channels": [4, 8]}
 
 
@@ -69,6 +70,26 @@ def test_without_a_row_all_attention_is_nothing():
     assert attention_to_span(torch.zeros(1, 2, 0, 4), torch.zeros(1, 2, 4, 4), 1, 3).tolist() == [[0.0, 0.0, 0.0]]
 
 
+def test_rows_that_weigh_nothing_do_not_count():
+    query, key = torch.zeros(1, 2, 2, 4), torch.zeros(1, 2, 6, 4)
+    share = attention_to_span(query, key, 1, 3, torch.tensor([[0.0, 1.0]]))
+    torch.testing.assert_close(share, torch.full((1, 3), 1 / 6 / 2))
+
+
+def test_raters_are_the_words_that_the_image_attends_to_more_than_to_the_mean():
+    log = torch.tensor([3.0, 2.0, 1.0]).log()
+    # One vision token shares itself 3 : 2 : 1, the other 1 : 1 : 1; together 5/6, 4/6 and 3/6, the mean being 4/6.
+    vision, text = torch.tensor([[[1.0], [0.0]]]), log.view(1, 3, 1)
+    assert TextRaters()(vision, text[:, [0, 2]]).tolist() == [[1.0, 0.0]]
+    assert TextRaters()(vision, text)[0, [0, 2]].tolist() == [1.0, 0.0]
+
+
+def test_of_words_that_are_all_alike_every_one_rates():
+    assert TextRaters()(torch.ones(1, 4, 2), torch.ones(1, 1, 2)).tolist() == [[1.0]]
+    assert TextRaters()(torch.ones(1, 4, 2), torch.ones(1, 4, 2)).tolist() == [[1.0] * 4]
+    assert TextRaters()(torch.ones(1, 0, 2), torch.ones(1, 0, 2)).shape == (1, 0)
+
+
 def test_the_relevance_network_reads_only_ratios_and_takes_any_length():
     network = RelevanceNet((4, 8), 5)
     network.start(torch.Generator().manual_seed(0))
@@ -96,6 +117,21 @@ def test_pyramiddrop_looks_with_the_layer_that_follows(checkpoint: Path, chosen:
     assert max(second) < 8
 
 
+def test_sparsevlm_keeps_what_the_raters_attend_to_in_the_layer_before(checkpoint: Path, chosen: "Chosen"):
+    llava: Any = LlavaForConditionalGeneration.from_pretrained(checkpoint)
+    with torch.inference_mode():
+        vision = torch.cat(list(llava.model.get_image_features(torch.from_numpy(pixels())).pooler_output))
+        text = llava.get_input_embeddings()(torch.tensor(BEHIND))
+    share_U = (vision @ text.T).softmax(-1).mean(0)
+    raters = [row for row, share in enumerate(share_U.tolist()) if share > share_U.mean()]
+    assert 0 < len(raters) < len(BEHIND)
+    rows_UT = attention_of(checkpoint)[1].mean(0)[-len(BEHIND) :]
+    first, second = chosen(recipe_for(checkpoint, SPARSEVLM))
+    assert first == top(rows_UT[raters].mean(0), 10)
+    assert first != top(rows_UT.mean(0), 10)
+    assert len(second) == 4
+
+
 def test_relevance_reads_the_text_behind_the_image_in_the_first_layer(
     checkpoint: Path, chosen: "Chosen", monkeypatch: pytest.MonkeyPatch
 ):
@@ -121,7 +157,7 @@ def test_the_choice_depends_on_the_question(checkpoint: Path, chosen: "Chosen"):
     assert chosen(recipe_for(checkpoint, FASTV)) != chosen(recipe_for(checkpoint, FASTV), behind=[300, 301, 302, 17])
 
 
-@pytest.mark.parametrize("step", [FASTV, PYRAMID, RELEVANCE], ids=lambda step: step["method"])
+@pytest.mark.parametrize("step", [FASTV, PYRAMID, RELEVANCE, SPARSEVLM], ids=lambda step: step["method"])
 def test_every_rung_of_the_ladder_holds(checkpoint: Path, exported: Callable[[Recipe], Bundle], step: dict[str, Any]):
     found = verify(exported(recipe_for(checkpoint, step)), "ort", OPTIONS)
     assert [check for check in found.checks if not check.passed] == []
