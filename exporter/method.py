@@ -53,7 +53,7 @@ class Method(ABC):
     def feature_stage(self, spec: VlmSpec, arriving: TokenPlan) -> "nn.Module | None":
         """Return what thins the image features (B, N, D) to (B, M, D) before the language model.
 
-        A ``TowerStage`` reads the vision tower and stands before the projector.
+        A ``TowerStage`` reads the vision tower, and may stand before the projector.
         """
         return None
 

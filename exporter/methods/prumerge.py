@@ -46,7 +46,7 @@ class PruMerge(ByClassToken):
 
         kept = self.plan(spec, arriving).entering_llm - 1
         return AttendedWithNeighbours(
-            layer=self.last_layer(spec),
+            layer=self.layer_read(spec),
             num_tokens=arriving.emitted,
             kept=kept,
             neighbours=self.neighbours,

@@ -44,7 +44,7 @@ class VisionZip(ByClassToken):
         plan = self.plan(spec, arriving)
         contextual = self._num_contextual(plan)
         return AttendedAndAverages(
-            layer=self.last_layer(spec),
+            layer=self.layer_read(spec),
             num_tokens=arriving.emitted,
             attended=plan.entering_llm - contextual - self.class_token,
             averages=contextual,

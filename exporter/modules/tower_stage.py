@@ -1,11 +1,11 @@
-"""What a method reads of the vision tower's layers, and where it thins what the tower hands to the projector.
+"""What a method reads of the vision tower's layers, and how it thins vision tokens by that.
 
 B images, G what the tower sees of an image, the class token and then N vision tokens, M that stay, C width of the
 tower, H heads, E head width
 """
 
 from abc import ABC, abstractmethod
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -70,11 +70,17 @@ class LayerKeys(TowerLook):
 
 
 class TowerStage(nn.Module):
-    """Thins the tokens of the tower before they enter the projector.
+    """Thins vision tokens by what it sees in layers of the tower.
 
-    Each ``TowerLook`` among its parts is computed when its layer runs. ``forward`` takes what the tower emits
-    (B, G, C), and what each look saw under the part's name; it returns (B, M, C).
+    Each ``TowerLook`` among its parts is computed when its layer runs. ``forward`` takes the tokens, and what each look
+    saw under the part's name.
+
+    Attributes:
+        is_before_projector: whether it takes what the tower emits (B, G, C) and returns (B, M, C), or takes what the
+            projector emits, (B, N, width of the language model), and returns M of these.
     """
+
+    is_before_projector: ClassVar[bool] = True
 
     def look(self, number: int, layer: "CLIPEncoderLayer", hidden_BGC: Tensor) -> dict[str, Tensor]:
         """Return what is read of layer ``number``, by the names of the parts that read it."""

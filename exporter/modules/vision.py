@@ -24,7 +24,7 @@ class ClipVisionEncoder(nn.Module):
     Sub-modules carry the names of ``LlavaForConditionalGeneration``, so that weights load by name.
     Layers behind the one whose output is taken are not built. ``grid``, rows and columns, is how many
     patches the tower sees; for fewer than the model has, the image is shrunk first. The first of ``stages``
-    may be a ``TowerStage``, which stands before the projector; the others stand behind it.
+    may be a ``TowerStage``, which may stand before the projector; the others stand behind it.
     """
 
     def __init__(self, config: LlavaConfig, grid: tuple[int, int], stages: Mapping[str, nn.Module]) -> None:
@@ -56,12 +56,16 @@ class ClipVisionEncoder(nn.Module):
                 # Before the layer, whose output then comes last of all that bears its name in a graph.
                 seen |= tower_stage.look(number, layer, hidden_BGC)
             hidden_BGC = layer(hidden_BGC, attention_mask=None)
-        # Without the class token, unless a method takes it.
-        tokens_BNC = hidden_BGC[:, 1:] if tower_stage is None else tower_stage(hidden_BGC, **seen)
+        if tower_stage is not None and tower_stage.is_before_projector:
+            tokens_BNC = tower_stage(hidden_BGC, **seen)
+        else:
+            tokens_BNC = hidden_BGC[:, 1:]  # without the class token
         features_BND = self.multi_modal_projector(tokens_BNC)
         for stage in self.stages.values():
-            if stage is not tower_stage:
+            if not isinstance(stage, TowerStage):
                 features_BND = stage(features_BND)
+            elif not stage.is_before_projector:
+                features_BND = stage(features_BND, **seen)
         return features_BND
 
 

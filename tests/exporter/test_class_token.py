@@ -19,11 +19,13 @@ from tokexport.exporter.bundle import Bundle
 from tokexport.exporter.export import design
 from tokexport.exporter.modules.prumerge import AttendedWithNeighbours
 from tokexport.exporter.modules.visionzip import AttendedAndAverages
+from tokexport.exporter.modules.vscan import LocalAndGlobal
 from tokexport.recipes.schema import Recipe
 
 VISIONZIP: dict[str, object] = {"method": "visionzip", "keep": 7, "contextual": 3}
 PRUMERGE: dict[str, object] = {"method": "prumerge", "keep": 6, "neighbours": 4}
-CHOOSING = ("visionzip", "prumerge")
+VSCAN: dict[str, object] = {"method": "vscan", "keep": 9, "window": 2, "local_layer": 0, "layer": 2, "keep_inside": 4}
+CHOOSING = ("visionzip", "prumerge", "vscan")
 SIX_DEGREES = [0.0, 90.0, 10.0, 170.0, 45.0, 165.0]
 
 
@@ -114,10 +116,43 @@ def test_half_of_what_prumerge_plus_keeps_is_equidistant(checkpoint: Path):
     assert stage.is_always_N.nonzero().flatten().tolist() == [4, 12]
 
 
+# --- VScan by hand
+
+
+def vscan(*, kept: int, grid: tuple[int, int] = (2, 4)) -> LocalAndGlobal:
+    return LocalAndGlobal(local_layer=0, layer=1, grid=grid, window=2, per_window=1, kept=kept)
+
+
+def test_vscan_keeps_the_best_of_each_window_and_the_best_of_the_others():
+    # Windows: 0 1 4 5 and 2 3 6 7. The first keeps 5, the second the first of equals, 2.
+    local = torch.tensor([[0.1, 0.2, 0.1, 0.1, 0.1, 0.3, 0.1, 0.1]])
+    assert vscan(kept=3).stands_out(local).nonzero()[:, 1].tolist() == [2, 5]
+    degrees = [1.0, 88.0, 90.0, 2.0, 3.0, 0.0, 179.0, 180.0]
+    length = torch.tensor([1.0, 2, 3, 4, 5, 6, 7, 8]).unsqueeze(-1)
+    features = directions(degrees) * length
+    late = torch.tensor([[0.0, 0.1, 0.0, 0.1, 0.1, 0.0, 0.1, 0.6]])
+    # 7 is the best of the others. 1 joins 2; 0, 3 and 4 join 5; 6 joins 7.
+    expected = [features[:, row].mean(1) for row in ([1, 2], [0, 3, 4, 5], [6, 7])]
+    torch.testing.assert_close(vscan(kept=3)(features, local, late), torch.stack(expected, dim=1))
+
+
+def test_vscan_of_equal_tokens_leaves_each_kept_one_with_itself():
+    share = vscan(kept=2, grid=(2, 4)).joined(torch.ones(1, 8, 3), torch.tensor([[1, 6]]))
+    expected = [[1 / 7] * 6 + [0, 1 / 7], [0] * 6 + [1, 0]]
+    torch.testing.assert_close(share, torch.tensor([expected]))
+
+
+def test_windows_lie_where_they_are_in_each_image():
+    attention = torch.zeros(2, 16)
+    attention[0, [2, 5, 8, 15]] = attention[1, [0, 7, 13, 10]] = 1.0
+    found = vscan(kept=6, grid=(4, 4)).stands_out(attention)
+    assert [row.nonzero().flatten().tolist() for row in found] == [[2, 5, 8, 15], [0, 7, 10, 13]]
+
+
 # --- in graphs
 
 
-@pytest.mark.parametrize("step", [VISIONZIP, PRUMERGE], ids=lambda step: step["method"])
+@pytest.mark.parametrize("step", [VISIONZIP, PRUMERGE, VSCAN], ids=lambda step: step["method"])
 def test_attention_stays_fused_and_no_product_of_the_tower_stands_twice(
     checkpoint: Path, exported: Callable[[Recipe], Bundle], tiny_full: Bundle, step: dict[str, Any]
 ):
@@ -144,6 +179,7 @@ def nodes_of_the_tower(bundle: Bundle) -> Counter[str]:
         [{"method": "resize", "keep": 9}, VISIONZIP],
         [PRUMERGE],
         [{**PRUMERGE, "plus": True}, {"method": "fastv", "keep": 3}],
+        [{**VSCAN, "tower_layer": 0}],
     ],
     ids=[
         "visionzip",
@@ -151,6 +187,7 @@ def nodes_of_the_tower(bundle: Bundle) -> Counter[str]:
         "visionzip of a smaller image",
         "prumerge",
         "prumerge plus before fastv",
+        "vscan",
     ],
 )
 def test_every_rung_of_the_ladder_holds(
@@ -165,10 +202,20 @@ def test_every_rung_of_the_ladder_holds(
     assert checks[f"{stage}.attention"].max_abs_diff < 1e-6
 
 
+@pytest.mark.parametrize(("options", "layer"), [({}, 1), ({"tower_layer": 0}, 0), ({"tower_layer": 1}, 1)])
+@pytest.mark.parametrize("step", [VISIONZIP, PRUMERGE, VSCAN], ids=lambda step: step["method"])
+def test_the_layer_whose_output_is_taken_is_read_or_the_one_that_is_named(
+    checkpoint: Path, step: dict[str, Any], options: dict[str, object], layer: int
+):
+    made = design(recipe_for(checkpoint, {**step, **options}))
+    stage: Any = made.methods[0].feature_stage(made.model.spec, made.plans[0])
+    assert stage.attention.layer == layer
+
+
 # --- what is refused
 
 
-@pytest.mark.parametrize("step", [VISIONZIP, PRUMERGE], ids=lambda step: step["method"])
+@pytest.mark.parametrize("step", [VISIONZIP, PRUMERGE, VSCAN], ids=lambda step: step["method"])
 def test_a_tower_without_a_class_token_is_refused(checkpoint: Path, step: dict[str, Any]):
     made = design(recipe_for(checkpoint, step))
     spec = replace(made.model.spec, class_token_layers=None)
@@ -195,6 +242,17 @@ def test_a_tower_without_a_class_token_is_refused(checkpoint: Path, step: dict[s
             "prumerge neighbours = 16 must be at least 1 and below the 16 vision tokens that the tower emits",
         ),
         ([{**PRUMERGE, "neighbours": 0}], "prumerge neighbours = 0 must be at least 1 and below the 16 vision tokens"),
+        ([{**VSCAN, "window": 3}], "vscan window = 3 does not divide the 4 x 4 grid of tokens; choose a number that"),
+        ([{**VSCAN, "local_layer": 2}], "vscan local_layer = 2 is not a layer of the vision tower whose"),
+        (
+            [{**VISIONZIP, "tower_layer": 2}],
+            "visionzip tower_layer = 2 is not a layer of the vision tower whose attention the image features come from"
+            "; choose 0 to 1",
+        ),
+        ([{**PRUMERGE, "tower_layer": -1}], "prumerge tower_layer = -1 is not a layer of the vision tower whose"),
+        ([{**VSCAN, "keep": 7}], "vscan keep = 7 leaves no token to each of 4 windows; keep at least 8, or raise"),
+        ([{**VSCAN, "layer": 4}], "vscan before layer 4: the model has the layers 0 to 3"),
+        ([{"method": "sample", "keep": 12}, VSCAN], "vscan needs a full grid of tokens, which an earlier method"),
         ([{**VISIONZIP, "contextual": 0}], "visionzip contextual = 0 asks for 0 merged tokens of 7; choose 1 to 5, so"),
         ([{**VISIONZIP, "contextual": 6}], "visionzip contextual = 6 asks for 6 merged tokens of 7; choose 1 to 5, so"),
         (

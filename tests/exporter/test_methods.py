@@ -94,6 +94,7 @@ EXAMPLES: dict[str, Sequence[Steps]] = {
     ],
     "sparsevlm": [[{"method": "sparsevlm", "drops": [{"layer": 1, "keep": 9}, {"layer": 3, "keep": 4}]}]],
     "visionzip": [[{"method": "visionzip", "keep": 7, "contextual": 3}]],
+    "vscan": [[{"method": "vscan", "keep": 9, "window": 2, "local_layer": 0, "layer": 2, "keep_inside": 4}]],
 }
 CASES = [steps for example in EXAMPLES.values() for steps in example]
 # Forms that other forms leave no doubt about are planned, but not traced once more.
