@@ -162,6 +162,12 @@ def plan(text_tokens: int | None, solve: str | None, as_json: bool, quiet: bool,
 @click.option(
     "--images", type=click.IntRange(min=1), help="Also compare which vision tokens are kept of so many made images."
 )
+@click.option(
+    "--reduce",
+    "with_reduction",
+    is_flag=True,
+    help="Where the engine fails, leave the smallest part of its graph that fails; needs Polygraphy.",
+)
 @output_options
 def verify(artefact: Path, as_json: bool, quiet: bool, **options: Any) -> None:
     """Prove that an artefact computes what its checkpoint does. Exit code 3 if not."""

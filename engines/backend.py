@@ -11,6 +11,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -240,6 +241,17 @@ class Compiler(Backend, ABC):
             InputError: a GPU that cannot be built for.
             EngineError: it cannot be built as promised, or stored, or is there already.
         """
+
+
+class Rewriter(Backend, ABC):
+    """An engine of ONNX Runtime that is given another decoder graph than the artefact holds."""
+
+    provider: Literal["cpu", "cuda"]
+    """What computes, as Polygraphy calls it."""
+
+    @abstractmethod
+    def decoder_graph(self, bundle: Bundle) -> bytes:
+        """Return the decoder as the engine is given it, serialised; weights stay in the artefact's files."""
 
 
 def list_backends() -> list[str]:

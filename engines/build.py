@@ -8,13 +8,17 @@ from tokexport.engines.backend import AS_BUILT, DEFAULT_BACKEND, SessionOptions,
 from tokexport.engines.bench import Bench, bench
 from tokexport.engines.kept_agreement import kept_agreement, require_choice
 from tokexport.engines.mixing import mixing_of
-from tokexport.engines.parity import Verification, failure_text, require_provable, verify
+from tokexport.engines.parity import Verification, failure_text, make_probe, require_provable, verify
 from tokexport.engines.prompt import require_askable
 from tokexport.engines.report import write_reports
+from tokexport.engines.source import source_design
 from tokexport.errors import ParityError
 from tokexport.exporter.bundle import Bundle, BundleWriter
 from tokexport.exporter.export import design, export
 from tokexport.recipes.schema import Recipe
+
+REDUCED = "reduced"
+"""Folder in the one that a failure leaves."""
 
 _SHORT_BENCH_REPEATS = 3
 Progress = Callable[[str], None]
@@ -120,6 +124,7 @@ def verify_artefact(
     threads: int | None = None,
     source: Source = AS_BUILT,
     images: int | None = None,
+    with_reduction: bool = False,
     progress: Progress = lambda _: None,
     tick: Tick = lambda _done, _total: None,
 ) -> Verification:
@@ -127,13 +132,26 @@ def verify_artefact(
 
     A failure leaves its inputs and outputs beside the artefact; see ``repro_folder``. With a number of ``images``, it
     is also compared which tokens are kept of as many.
+    With ``with_reduction`` a failure of an engine leaves there the smallest part of its graph that fails; see
+    ``reduction.py``.
     """
     progress("hashing files")
     bundle = Bundle.open(path, check_all=True)
     if images is not None:
         require_choice(bundle)
     options = SessionOptions.for_bundle(bundle, threads=threads, source=source)
-    verification = verify(bundle, backend, options, repro=repro_folder(path), progress=progress)
+    repro = repro_folder(path)
+    if with_reduction:
+        from tokexport.engines.reduction import reduce_failure, require_reducible  # needs ONNX Runtime
+
+        require_reducible(backend, bundle.recipe)
+        verification = verify(bundle, backend, options, repro=repro, progress=progress)
+        if verification.engine_failed:
+            probe = make_probe(source_design(bundle, source))
+            reduced = reduce_failure(bundle, backend, options, probe, repro / REDUCED, progress=progress)
+            verification = replace(verification, reduced=reduced)
+    else:
+        verification = verify(bundle, backend, options, repro=repro, progress=progress)
     if images is not None:
         progress(f"keeping tokens of {images} images")
         check = kept_agreement(bundle, backend, options, images, tick=tick)

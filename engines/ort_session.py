@@ -110,6 +110,10 @@ class OrtSession(Session):
         key, value = (self._cache[name].numpy()[:, :, :length].astype(np.float32) for name in cache_names(layer))
         return key, value
 
+    def cache_arrays(self) -> dict[str, Array]:
+        """Return a copy of the whole cache, by the names of the decoder's inputs."""
+        return {name: value.numpy().copy() for name, value in self._cache.items()}
+
     @property
     def kv_bytes(self) -> int:
         return sum(value.numpy().nbytes for value in self._cache.values())

@@ -44,6 +44,7 @@ from tokexport.engines.compare import (
     load_tolerances,
 )
 from tokexport.engines.generate import IMAGE, Conversation
+from tokexport.engines.graph_parts import Reduction
 from tokexport.engines.source import source_design
 from tokexport.engines.taps import vision_taps
 from tokexport.errors import BackendUnavailableError
@@ -104,13 +105,19 @@ class Transcript:
 
 @dataclass(frozen=True)
 class Verification:
-    """The outcome of the whole ladder; ``repro`` is the folder that a failure left, None where there is none."""
+    """The outcome of the whole ladder.
+
+    Attributes:
+        repro: the folder that a failure left, None where there is none.
+        reduced: the smallest part of a graph that fails, None where none was looked for or found.
+    """
 
     checks: tuple[Check, ...]
     dtype: str
     backend: str
     seconds: float
     repro: Path | None = None
+    reduced: Reduction | None = None
 
     @property
     def passed(self) -> bool:
@@ -120,6 +127,11 @@ class Verification:
     def first_failure(self) -> Check | None:
         return next((check for check in self.checks if not check.passed), None)
 
+    @property
+    def engine_failed(self) -> bool:
+        """Whether the engine computes something else than the portable graphs."""
+        return any(not check.passed for check in self.checks if check.step == _last_step(self.backend))
+
     def report(self) -> dict[str, Any]:
         """Return what ``tokexport verify --json`` prints; its keys are a contract."""
         return {
@@ -128,6 +140,7 @@ class Verification:
             "dtype": self.dtype,
             "seconds": round(self.seconds, 2),
             "checks": [_finite(asdict(check)) for check in self.checks],
+            **({} if self.reduced is None else {"reduced": self.reduced.report()}),
         }
 
 
@@ -202,9 +215,13 @@ def verify(
         progress(backend)
         judged_by = "bytes" if matrices else None
         session = engine.open(bundle, options)
-        ladder.climb(f"ort-portable vs {backend}", session, expected, judged_by=judged_by, following=following)
+        ladder.climb(_last_step(backend), session, expected, judged_by=judged_by, following=following)
     seconds = time.perf_counter() - started
     return Verification(tuple(ladder.checks), made.recipe.export.dtype, backend, seconds, ladder.written)
+
+
+def _last_step(backend: str) -> str:
+    return f"ort-portable vs {backend}"
 
 
 def require_provable(backend: str, dtype: str) -> None:
@@ -481,7 +498,8 @@ def failure_text(verification: Verification) -> str:
     off_by = f"{first.max_abs_diff:.3g}" if first.norm_diff is None else f"{first.norm_diff:.3g} of its norm"
     how = first.note or f"off by {off_by}, tolerance {first.tolerance:.3g}"
     kept = f"; inputs and both outputs are in {verification.repro}" if verification.repro is not None else ""
-    return f"parity failed at {first.step}, {place}: {first.name} {how}{kept}"
+    reduced = "" if verification.reduced is None else f"; {verification.reduced.text()}"
+    return f"parity failed at {first.step}, {place}: {first.name} {how}{kept}{reduced}"
 
 
 def _finite(table: dict[str, Any]) -> dict[str, Any]:

@@ -1,11 +1,11 @@
 """ONNX Runtime on the CPU with its fused attention."""
 
-from tokexport.engines.backend import Backend, SessionOptions
+from tokexport.engines.backend import Rewriter, SessionOptions
 from tokexport.engines.ort_session import CPU_DTYPES, OrtSession, rewritten_decoder
 from tokexport.exporter.bundle import Bundle
 
 
-class Ort(Backend):
+class Ort(Rewriter):
     """The artefact's graphs, every decoder attention fused into ``GroupQueryAttention``.
 
     Rewriting takes milliseconds and no weights, so it is done on opening and not stored.
@@ -14,7 +14,11 @@ class Ort(Backend):
     runtime = "ONNX Runtime"
 
     dtypes = CPU_DTYPES
+    provider = "cpu"
+
+    def decoder_graph(self, bundle: Bundle) -> bytes:
+        return rewritten_decoder(bundle)
 
     def open(self, bundle: Bundle, options: SessionOptions) -> OrtSession:
         self.require(bundle.recipe.export.dtype)
-        return OrtSession(bundle, options, rewritten_decoder(bundle), is_fast=True)
+        return OrtSession(bundle, options, self.decoder_graph(bundle), is_fast=True)

@@ -185,6 +185,13 @@ def test_verify_exits_with_3_where_the_artefact_is_wrong(run: Run, tiny_adsc: Bu
     assert (tmp_path / "copy.repro" / "inputs.npz").is_file()
 
 
+def test_verify_has_nothing_to_reduce_where_the_engine_is_right(run: Run, built: tuple[Path, Outcome]):
+    pytest.importorskip("polygraphy")
+    outcome = run("verify", built[0], "--json", "--threads", 1, "--reduce")
+    assert (outcome.code, outcome.document["passed"]) == (0, True)
+    assert "reduced" not in outcome.document
+
+
 def test_verify_refuses_a_damaged_file(run: Run, tiny_adsc: Bundle, tmp_path: Path):
     copy = damaged_copy(tiny_adsc, tmp_path)
     path = copy / "onnx" / "decoder_model_merged.onnx_data"
