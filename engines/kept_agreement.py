@@ -11,11 +11,11 @@ from PIL import Image
 
 from tokexport.dialogues.generate import make_dialogue
 from tokexport.engines.backend import Choice, Session, SessionOptions, load_backend
-from tokexport.engines.backends.torch_eager import TorchSession
 from tokexport.engines.compare import Check, load_tolerances, misplaced_tokens
 from tokexport.engines.generate import Conversation
 from tokexport.engines.prompt import Dialogue, PromptProcessor
 from tokexport.engines.source import source_design
+from tokexport.engines.torch_session import TorchSession
 from tokexport.errors import InputError
 from tokexport.exporter.bundle import Bundle
 from tokexport.exporter.graph_io import GraphName, choosing_layers

@@ -31,7 +31,6 @@ import torch
 from numpy.typing import NDArray
 
 from tokexport.engines.backend import Choice, Session, SessionOptions, load_backend
-from tokexport.engines.backends.torch_eager import TorchSession
 from tokexport.engines.backends.transformers import TransformersSession
 from tokexport.engines.compare import (
     Check,
@@ -47,6 +46,7 @@ from tokexport.engines.generate import IMAGE, Conversation
 from tokexport.engines.graph_parts import Reduction
 from tokexport.engines.source import source_design
 from tokexport.engines.taps import vision_taps
+from tokexport.engines.torch_session import TorchSession
 from tokexport.errors import BackendUnavailableError
 from tokexport.exporter.bundle import Bundle, library_versions
 from tokexport.exporter.export import Design, weight_names

@@ -1,28 +1,9 @@
-"""PyTorch running the very modules that were traced: the reference of every compressed graph.
+"""PyTorch running the very modules that were traced: the reference of every compressed graph."""
 
-Weights are read from the checkpoint, not from the artefact, so that comparing the two also proves
-that the weights arrived.
-"""
-
-import re
-from collections.abc import Callable, Mapping, Sequence
-
-import numpy as np
-import torch
-from numpy.typing import NDArray
-from torch import Tensor, nn
-
-from tokexport.engines.backend import Array, Backend, Choice, DecoderStep, Session, SessionOptions
-from tokexport.engines.environment import available_cores
+from tokexport.engines.backend import Backend, SessionOptions
 from tokexport.engines.source import source_design
+from tokexport.engines.torch_session import TorchSession
 from tokexport.exporter.bundle import Bundle
-from tokexport.exporter.export import Design, weight_names
-from tokexport.exporter.graph_io import GRAPHS, GraphName
-from tokexport.exporter.modules.rounding import round_layers
-from tokexport.exporter.weights import Weights
-
-# What a method makes of image features, and its parts.
-_STAGES = re.compile(r"stages\.[^.]+(\.[^.]+)?")
 
 
 class TorchEager(Backend):
@@ -31,112 +12,5 @@ class TorchEager(Backend):
     runtime = "PyTorch"
     runs_graphs = False
 
-    def open(self, bundle: Bundle, options: SessionOptions) -> "TorchSession":
+    def open(self, bundle: Bundle, options: SessionOptions) -> TorchSession:
         return TorchSession(source_design(bundle, options.source), options)
-
-
-class TorchSession(Session):
-    """The modules of a design with their weights, in the precision of the export.
-
-    Args:
-        made: the design.
-        options: room and threads.
-        is_quantized: round what the recipe quantizes as its graphs do; otherwise nothing is rounded.
-    """
-
-    def __init__(self, made: Design, options: SessionOptions, *, is_quantized: bool = False) -> None:
-        super().__init__(made.model.spec, made.plan, options)
-        torch.set_num_threads(options.threads or available_cores())
-        self._dtype = getattr(torch, made.recipe.export.dtype)
-        self._tapped = made.model.family.vision_layers
-        self._choosing = made.choosing_layers
-        self._followed: list[Mapping[int, NDArray[np.int64]]] = []
-        self._modules = _loaded_modules(made, self._dtype)
-        if is_quantized:
-            for graph, module in self._modules.items():
-                round_layers(graph, module, made.recipe.quantize)
-        self._cache = [
-            (self._empty(self.capacities[group]), self._empty(self.capacities[group]))
-            for group in made.plan.group_of_layer
-        ]
-
-    def follow(self, kept_tokens: Sequence[Mapping[int, NDArray[np.int64]]]) -> None:
-        """Keep these tokens, (B, M) by the layers of bottlenecks, of the next images, whatever would be chosen."""
-        self._followed = list(kept_tokens)
-
-    @torch.inference_mode()
-    def encode_images(self, pixel_values: NDArray[np.float32]) -> Array:
-        return _to_numpy(self._modules["vision_encoder"](self._tensor(pixel_values)))
-
-    @torch.inference_mode()
-    def vision_layer_outputs(self, pixel_values: NDArray[np.float32]) -> dict[str, NDArray[np.float32]]:
-        """Return the output of every layer of the vision tower, of the projector and of each method, by module name."""
-        encoder, outputs = self._modules["vision_encoder"], {}
-
-        def note(name: str) -> Callable[[nn.Module, object, Tensor], None]:
-            return lambda _module, _inputs, output: outputs.__setitem__(name, _to_numpy(output))
-
-        hooks = [
-            module.register_forward_hook(note(name))
-            for name, module in encoder.named_modules()
-            if self._tapped.fullmatch(name) or _STAGES.fullmatch(name)
-        ]
-        encoder(self._tensor(pixel_values))
-        for hook in hooks:
-            hook.remove()
-        return outputs
-
-    @torch.inference_mode()
-    def embed(self, input_ids: NDArray[np.int64]) -> Array:
-        return _to_numpy(self._modules["embed_tokens"](torch.from_numpy(input_ids)))
-
-    @torch.inference_mode()
-    def decode(self, step: DecoderStep) -> NDArray[np.float32]:
-        has_image = step.image_features.shape[1] > 0
-        followed = self._followed.pop(0) if has_image and self._followed else {}
-        logits, _, choices = self._modules["decoder_model_merged"](
-            *(self._tensor(array) for array in (step.prefix_embeds, step.image_features, step.suffix_embeds)),
-            *(torch.from_numpy(array) for array in (step.position_ids, step.past_lengths, step.logits_to_keep)),
-            self._cache,
-            {layer: torch.from_numpy(kept_BM) for layer, kept_BM in followed.items()},
-        )
-        if has_image:
-            made = (Choice(score_BN.numpy(), kept_BM.numpy()) for score_BN, kept_BM in choices)
-            self.choices = dict(zip(self._choosing, made, strict=True))
-        return _to_numpy(logits)
-
-    def read_cache(self, layer: int, length: int) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-        key, value = self._cache[layer]
-        return _to_numpy(key[:, :, :length]), _to_numpy(value[:, :, :length])
-
-    @property
-    def kv_bytes(self) -> int:
-        return sum(tensor.nbytes for pair in self._cache for tensor in pair)
-
-    def _empty(self, capacity: int) -> Tensor:
-        return torch.zeros(1, self.spec.num_kv_heads, capacity, self.spec.head_dim, dtype=self._dtype)
-
-    def _tensor(self, array: Array) -> Tensor:
-        return torch.from_numpy(np.ascontiguousarray(array)).to(self._dtype)
-
-
-def _loaded_modules(made: Design, dtype: torch.dtype) -> dict[GraphName, nn.Module]:
-    weights = made.open_weights()
-    with torch.device("meta"):
-        modules = made.modules()
-    for graph in GRAPHS:
-        _load(modules[graph], weight_names(graph, modules[graph], made.model.family), weights, dtype)
-    return modules
-
-
-def _load(module: nn.Module, names: dict[str, str], weights: Weights, dtype: torch.dtype) -> None:
-    state = {name: weights.load(canonical).to(dtype) for name, canonical in names.items()}
-    module.load_state_dict(state, strict=True, assign=True)
-    for buffer in module.buffers():
-        if buffer.is_floating_point():
-            buffer.data = buffer.data.to(dtype)
-    module.eval().requires_grad_(False)
-
-
-def _to_numpy(tensor: Tensor) -> NDArray[np.float32]:
-    return tensor.float().numpy()

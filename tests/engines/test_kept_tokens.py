@@ -13,11 +13,11 @@ import torch
 from tests.conftest import IMAGE_SIZE, adsc, recipe_for
 from tests.engines.conftest import with_checksums_of_today
 from tokexport.engines.backend import Session, SessionOptions, load_backend
-from tokexport.engines.backends.torch_eager import TorchSession
 from tokexport.engines.build import verify_artefact
 from tokexport.engines.generate import IMAGE, Conversation
 from tokexport.engines.parity import verify
 from tokexport.engines.source import source_design
+from tokexport.engines.torch_session import TorchSession
 from tokexport.errors import InputError
 from tokexport.exporter.bundle import Bundle
 from tokexport.exporter.compressor_file import save_compressor

@@ -10,8 +10,8 @@ from numpy.typing import NDArray
 from tests.conftest import IMAGE_SIZE, recipe_for
 from tests.exporter.test_methods import FULL, SPEC
 from tokexport.engines.backend import SessionOptions
-from tokexport.engines.backends.torch_eager import TorchSession
 from tokexport.engines.generate import IMAGE, Conversation
+from tokexport.engines.torch_session import TorchSession
 from tokexport.exporter.export import design
 from tokexport.exporter.method import Method
 from tokexport.exporter.methods.random import Random

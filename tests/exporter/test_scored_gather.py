@@ -12,9 +12,9 @@ from transformers import LlavaForConditionalGeneration
 
 from tests.conftest import IMAGE_SIZE, NUM_VISION_TOKENS, recipe_for
 from tokexport.engines.backend import SessionOptions
-from tokexport.engines.backends.torch_eager import TorchSession
 from tokexport.engines.generate import IMAGE, Conversation
 from tokexport.engines.parity import verify
+from tokexport.engines.torch_session import TorchSession
 from tokexport.exporter.bundle import Bundle
 from tokexport.exporter.export import design
 from tokexport.exporter.modules import ops

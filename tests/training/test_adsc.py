@@ -17,8 +17,8 @@ from transformers import LlavaForConditionalGeneration
 from tests.conftest import IMAGE_SIZE, NUM_VISION_TOKENS, adsc, recipe_for, save_adapter, save_checkpoint, tiny_config
 from tests.training.conftest import write_llava_data
 from tokexport.engines.backend import SessionOptions
-from tokexport.engines.backends.torch_eager import TorchSession
 from tokexport.engines.generate import IMAGE, Conversation
+from tokexport.engines.torch_session import TorchSession
 from tokexport.errors import CheckpointError, InputError, RecipeError, TrainingError
 from tokexport.exporter.checkpoint import describe_model, open_weights
 from tokexport.exporter.export import Design, design

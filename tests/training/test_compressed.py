@@ -13,8 +13,8 @@ from transformers import LlavaForConditionalGeneration
 
 from tests.conftest import IMAGE_SIZE, NUM_VISION_TOKENS, adsc, recipe_for
 from tokexport.engines.backend import SessionOptions
-from tokexport.engines.backends.torch_eager import TorchSession
 from tokexport.engines.generate import IMAGE, Conversation
+from tokexport.engines.torch_session import TorchSession
 from tokexport.exporter.export import Design, design
 from tokexport.exporter.methods.adsc import Adsc
 from tokexport.exporter.plan import TokenPlan
