@@ -25,6 +25,7 @@ from tokexport.exporter.registry import list_plugins, load_plugin
 DEFAULT_BACKEND = "ort"
 
 Array = NDArray[np.generic]
+Device = Literal["cpu", "cuda"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -176,6 +177,9 @@ class Backend(ABC):
     runtime = ""
     """The library that computes, in its own spelling; engines of one library are compared with each other."""
 
+    device: Device = "cpu"
+    """What computes."""
+
     runs_graphs = True
     """Whether it runs the artefact's graphs, or the checkpoint they were made from."""
 
@@ -245,9 +249,6 @@ class Compiler(Backend, ABC):
 
 class Rewriter(Backend, ABC):
     """An engine of ONNX Runtime that is given another decoder graph than the artefact holds."""
-
-    provider: Literal["cpu", "cuda"]
-    """What computes, as Polygraphy calls it."""
 
     @abstractmethod
     def decoder_graph(self, bundle: Bundle) -> bytes:

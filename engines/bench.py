@@ -279,6 +279,7 @@ def _row(arm: Arm, timings: Sequence[Timing], footprint: Footprint, workload: Wo
             spec, plan, text_tokens=text + workload.new_tokens, num_images=1, dtype=dtype
         ),
         "peak_rss_bytes": footprint.peak_rss_bytes,
+        "device_bytes": footprint.device_bytes,
         "predicted_prefill": prefill_flops(spec, full, text) / prefill_flops(spec, plan, text),
     }
 

@@ -2,13 +2,12 @@
 
 import functools
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
-from tokexport.engines.backend import Array, Choice, DecoderStep, Session, SessionOptions
+from tokexport.engines.backend import Array, Choice, DecoderStep, Device, Session, SessionOptions
 from tokexport.engines.environment import available_cores
 from tokexport.errors import BackendUnavailableError, ExportError, InputError
 from tokexport.exporter.bundle import Bundle
@@ -23,7 +22,6 @@ except ImportError as error:
     ) from error
 
 
-Device = Literal["cpu", "cuda"]
 # What the first cannot compute, like shapes, the second does.
 _PROVIDERS: dict[Device, list[str]] = {
     "cpu": ["CPUExecutionProvider"],

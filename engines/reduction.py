@@ -135,13 +135,13 @@ class _Search:
                 part_before(self._rewritten.graph, name, self._common, depth) for name in self._common
             )
             # On one device in one library, the same operators compute the same.
-            differing = [part for part in parts if self._engine.provider != "cpu" or not self._is_same(part)]
+            differing = [part for part in parts if self._engine.device != "cpu" or not self._is_same(part)]
             values = self._portable_values([name for part in differing for name in (*part.inputs, *part.outputs)])
             for part in differing:
                 given = {name: values[name] for name in part.inputs}
                 expected = {name: values[name] for name in part.outputs}
                 graph = ir.to_proto(part_graph(self._rewritten, part, given)).SerializeToString()
-                check = self._worst(_run_alone(graph, given, self._engine.provider), expected)
+                check = self._worst(_run_alone(graph, given, self._engine.device), expected)
                 if not check.passed:
                     return _Difference(part, given, expected, check)
             depth *= 2
@@ -150,7 +150,7 @@ class _Search:
     def _whole_differs(self) -> bool:
         names = [value.name or "" for value in self._rewritten.graph.outputs]
         graph, folder = self._engine.decoder_graph(self._bundle), self._bundle.path / "onnx"
-        session = inference_session(graph, folder, threads=self._threads, device=self._engine.provider)
+        session = inference_session(graph, folder, threads=self._threads, device=self._engine.device)
         found = dict(zip(names, map(np.asarray, session.run(names, dict(self._call))), strict=True))
         return not self._worst(found, self._portable_values(names)).passed
 
@@ -171,7 +171,7 @@ class _Search:
             save_json(_run_results(found.expected), str(folder / "expected.json"))
         command = shlex.join(
             [
-                *("polygraphy", "run", str(folder / "engine.onnx"), "--onnxrt", "--providers", self._engine.provider),
+                *("polygraphy", "run", str(folder / "engine.onnx"), "--onnxrt", "--providers", self._engine.device),
                 *("--load-inputs", str(folder / "inputs.json"), "--load-outputs", str(folder / "expected.json")),
                 *("--atol", f"{found.check.tolerance:.3g}", "--rtol", "0"),
             ]

@@ -12,7 +12,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from tokexport.engines.backend import Array, Choice, DecoderStep, Session, SessionOptions
+from tokexport.engines.backend import Array, Choice, DecoderStep, Device, Session, SessionOptions
 from tokexport.engines.environment import available_cores
 from tokexport.exporter.export import Design, weight_names
 from tokexport.exporter.graph_io import GRAPHS, GraphName
@@ -30,16 +30,19 @@ class TorchSession(Session):
         made: the design.
         options: room and threads.
         is_quantized: round what the recipe quantizes as its graphs do; otherwise nothing is rounded.
+        device: where it is computed and the cache is kept.
     """
 
-    def __init__(self, made: Design, options: SessionOptions, *, is_quantized: bool = False) -> None:
+    def __init__(
+        self, made: Design, options: SessionOptions, *, is_quantized: bool = False, device: Device = "cpu"
+    ) -> None:
         super().__init__(made.model.spec, made.plan, options)
         torch.set_num_threads(options.threads or available_cores())
-        self._dtype = getattr(torch, made.recipe.export.dtype)
+        self._dtype, self._device = getattr(torch, made.recipe.export.dtype), torch.device(device)
         self._tapped = made.model.family.vision_layers
         self._choosing = made.choosing_layers
         self._followed: list[Mapping[int, NDArray[np.int64]]] = []
-        self._modules = _loaded_modules(made, self._dtype)
+        self._modules = _loaded_modules(made, self._dtype, self._device)
         if is_quantized:
             for graph, module in self._modules.items():
                 round_layers(graph, module, made.recipe.quantize)
@@ -76,22 +79,25 @@ class TorchSession(Session):
 
     @torch.inference_mode()
     def embed(self, input_ids: NDArray[np.int64]) -> Array:
-        return _to_numpy(self._modules["embed_tokens"](torch.from_numpy(input_ids)))
+        return _to_numpy(self._modules["embed_tokens"](torch.from_numpy(input_ids).to(self._device)))
 
     @torch.inference_mode()
     def decode(self, step: DecoderStep) -> NDArray[np.float32]:
-        has_image = step.image_features.shape[1] > 0
+        embeds = [self._tensor(array) for array in (step.prefix_embeds, step.image_features, step.suffix_embeds)]
+        positions, to_keep = (torch.from_numpy(x).to(self._device) for x in (step.position_ids, step.logits_to_keep))
+        # Lengths stay on the CPU, which slices the cache by them: reading them from a GPU would wait for it.
+        return _to_numpy(self._run(*embeds, positions, torch.from_numpy(step.past_lengths), to_keep))
+
+    def _run(self, *inputs: Tensor) -> Tensor:
+        """Return the logits of the decoder's inputs in their order, the cache left out."""
+        has_image = inputs[1].shape[1] > 0
         followed = self._followed.pop(0) if has_image and self._followed else {}
-        logits, _, choices = self._modules["decoder_model_merged"](
-            *(self._tensor(array) for array in (step.prefix_embeds, step.image_features, step.suffix_embeds)),
-            *(torch.from_numpy(array) for array in (step.position_ids, step.past_lengths, step.logits_to_keep)),
-            self._cache,
-            {layer: torch.from_numpy(kept_BM) for layer, kept_BM in followed.items()},
-        )
+        kept = {layer: torch.from_numpy(kept_BM).to(self._device) for layer, kept_BM in followed.items()}
+        logits, _, choices = self._modules["decoder_model_merged"](*inputs, self._cache, kept)
         if has_image:
-            made = (Choice(score_BN.numpy(), kept_BM.numpy()) for score_BN, kept_BM in choices)
+            made = (Choice(score_BN.cpu().numpy(), kept_BM.cpu().numpy()) for score_BN, kept_BM in choices)
             self.choices = dict(zip(self._choosing, made, strict=True))
-        return _to_numpy(logits)
+        return logits
 
     def read_cache(self, layer: int, length: int) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
         key, value = self._cache[layer]
@@ -102,29 +108,76 @@ class TorchSession(Session):
         return sum(tensor.nbytes for pair in self._cache for tensor in pair)
 
     def _empty(self, capacity: int) -> Tensor:
-        return torch.zeros(1, self.spec.num_kv_heads, capacity, self.spec.head_dim, dtype=self._dtype)
+        return torch.zeros(
+            1, self.spec.num_kv_heads, capacity, self.spec.head_dim, dtype=self._dtype, device=self._device
+        )
 
     def _tensor(self, array: Array) -> Tensor:
-        return torch.from_numpy(np.ascontiguousarray(array)).to(self._dtype)
+        return torch.from_numpy(np.ascontiguousarray(array)).to(self._device, self._dtype)
 
 
-def _loaded_modules(made: Design, dtype: torch.dtype) -> dict[GraphName, nn.Module]:
+def _loaded_modules(made: Design, dtype: torch.dtype, device: torch.device) -> dict[GraphName, nn.Module]:
     weights = made.open_weights()
     with torch.device("meta"):
         modules = made.modules()
     for graph in GRAPHS:
-        _load(modules[graph], weight_names(graph, modules[graph], made.model.family), weights, dtype)
+        _load(modules[graph], weight_names(graph, modules[graph], made.model.family), weights, dtype, device)
     return modules
 
 
-def _load(module: nn.Module, names: dict[str, str], weights: Weights, dtype: torch.dtype) -> None:
-    state = {name: weights.load(canonical).to(dtype) for name, canonical in names.items()}
+def _load(module: nn.Module, names: dict[str, str], weights: Weights, dtype: torch.dtype, device: torch.device) -> None:
+    state = {name: weights.load(canonical).to(device, dtype) for name, canonical in names.items()}
     module.load_state_dict(state, strict=True, assign=True)
     for buffer in module.buffers():
-        if buffer.is_floating_point():
-            buffer.data = buffer.data.to(dtype)
+        buffer.data = buffer.data.to(device, dtype if buffer.is_floating_point() else buffer.dtype)
     module.eval().requires_grad_(False)
 
 
 def _to_numpy(tensor: Tensor) -> NDArray[np.float32]:
-    return tensor.float().numpy()
+    return tensor.float().cpu().numpy()
+
+
+class GraphedTorchSession(TorchSession):
+    """The same with single tokens as a CUDA graph, so that no time goes into launching kernels.
+
+    Without a GPU nothing is captured: the same buffers are filled and the modules run as they are.
+    """
+
+    def __init__(self, made: Design, options: SessionOptions, *, device: Device = "cuda") -> None:
+        super().__init__(made, options, device=device)
+        width, groups = self.spec.hidden_size, len(self.plan.groups)
+        none = torch.zeros(1, 0, width, dtype=self._dtype, device=self._device)
+        self._embed_11D = torch.zeros(1, 1, width, dtype=self._dtype, device=self._device)
+        self._position_11, self._past_G1, first = (
+            torch.zeros(shape, dtype=torch.int64, device=self._device) for shape in ((1, 1), (groups, 1), (1,))
+        )
+        self._inputs = (none, none, self._embed_11D, self._position_11, self._past_G1, first)
+        self._logits: Tensor | None = None
+        self._graph: torch.cuda.CUDAGraph | None = None
+
+    @torch.inference_mode()
+    def decode(self, step: DecoderStep) -> NDArray[np.float32]:
+        is_one_token = step.suffix_embeds.shape[1] == 1 and not step.prefix_embeds.size and not step.image_features.size
+        if not is_one_token:
+            return super().decode(step)
+        self._embed_11D.copy_(torch.from_numpy(np.ascontiguousarray(step.suffix_embeds)))
+        self._position_11.copy_(torch.from_numpy(step.position_ids))
+        self._past_G1.copy_(torch.from_numpy(step.past_lengths))
+        if self._graph is not None:
+            self._graph.replay()
+        else:
+            self._first_run()
+        assert self._logits is not None
+        return _to_numpy(self._logits)
+
+    def _first_run(self) -> None:
+        self._logits = self._run(*self._inputs)
+        if self._device.type != "cuda":
+            return
+        # That was the warm-up: nothing may be set up for the first time while a graph is captured. Replaying it for the
+        # same token writes the same to the same place again.
+        torch.cuda.synchronize()
+        self._graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self._graph):
+            self._logits = self._run(*self._inputs)
+        self._graph.replay()

@@ -20,7 +20,7 @@ from typing import Self
 
 import numpy as np
 
-from tokexport.engines.backend import Session, SessionOptions, load_backend
+from tokexport.engines.backend import Backend, Session, SessionOptions, load_backend
 from tokexport.engines.generate import IMAGE, Conversation, Sampler, Sampling
 from tokexport.errors import TokexportError
 from tokexport.exporter.bundle import Bundle
@@ -54,10 +54,15 @@ class Timing:
 
 @dataclass(frozen=True, kw_only=True)
 class Footprint:
-    """Bytes of the cache and the most memory that the process ever held."""
+    """Bytes of the cache and the most memory that the process ever held.
+
+    ``device_bytes`` are what opening and running took of the GPU's memory, None without one. Libraries keep what they
+    once took there, so it is the peak; whoever else uses the GPU at the same time is counted too.
+    """
 
     kv_bytes: int
     peak_rss_bytes: int
+    device_bytes: int | None = None
 
 
 class EngineProcess:
@@ -162,7 +167,9 @@ def run_workload(session: Session, workload: Workload) -> Timing:
 
 def _serve(connection: Connection, path: Path, backend: str, options: SessionOptions, workload: Workload) -> None:
     try:
-        session = load_backend(backend).open(Bundle.open(path), options)
+        engine = load_backend(backend)
+        before = _device_bytes(engine)
+        session = engine.open(Bundle.open(path), options)
         connection.send("ready")
         while True:
             request = connection.recv()
@@ -171,7 +178,14 @@ def _serve(connection: Connection, path: Path, backend: str, options: SessionOpt
                 run_workload(session, replace(workload, new_tokens=1))
                 connection.send(run_workload(session, workload))
             else:
-                connection.send(Footprint(kv_bytes=session.kv_bytes, peak_rss_bytes=_peak_rss_bytes()))
+                held = _device_bytes(engine)
+                connection.send(
+                    Footprint(
+                        kv_bytes=session.kv_bytes,
+                        peak_rss_bytes=_peak_rss_bytes(),
+                        device_bytes=None if before is None or held is None else held - before,
+                    )
+                )
     except (EOFError, BrokenPipeError):
         return
     except TokexportError as error:
@@ -180,6 +194,18 @@ def _serve(connection: Connection, path: Path, backend: str, options: SessionOpt
         connection.send(
             TokexportError(f"engine {backend!r} failed: {' '.join(str(error).split()) or type(error).__name__}")
         )
+
+
+def _device_bytes(engine: Backend) -> int | None:
+    """Return the memory of the GPU in use now, the CUDA context of this process included."""
+    if engine.device != "cuda":
+        return None
+    import torch
+
+    if not torch.cuda.is_available():
+        return None
+    free, total = torch.cuda.mem_get_info()
+    return total - free
 
 
 def _peak_rss_bytes() -> int:

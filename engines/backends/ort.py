@@ -14,7 +14,6 @@ class Ort(Rewriter):
     runtime = "ONNX Runtime"
 
     dtypes = CPU_DTYPES
-    provider = "cpu"
 
     def decoder_graph(self, bundle: Bundle) -> bytes:
         return rewritten_decoder(bundle)

@@ -15,7 +15,7 @@ class OrtCuda(Rewriter):
 
     # Flash attention computes in half precision; numpy, which the session speaks, has no bfloat16.
     dtypes = ("float16",)
-    provider = "cuda"
+    device = "cuda"
 
     def decoder_graph(self, bundle: Bundle) -> bytes:
         return rewritten_decoder(bundle)

@@ -18,6 +18,8 @@ class TensorrtBackend(Compiler):
     # No fused attention computes in float32, and an unfused one is not built.
     dtypes = ("float16", "bfloat16")
 
+    device = "cuda"
+
     library: Library
 
     def state(self) -> str:

@@ -210,7 +210,10 @@ class Decoder(nn.Module):
                 position_BT = bottleneck(rope.position_BT, num_before, num_vision, kept)
                 if bottleneck.positions == "renumber":
                     numbers_T = torch.arange(position_BT.shape[1], device=position_BT.device)
-                    position_BT = span.start_B.unsqueeze(1) + numbers_T
+                    start_B = span.start_B
+                    if start_B.device != numbers_T.device:  # see engines/torch_session.py
+                        start_B = start_B.to(numbers_T.device)
+                    position_BT = start_B.unsqueeze(1) + numbers_T
                 rope = replace(rope, position_BT=position_BT)
                 num_vision = x_BTD.shape[1] - num_before - num_after
             arrived_BTD = x_BTD

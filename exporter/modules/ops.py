@@ -195,6 +195,8 @@ def rotary(x_BHTE: Tensor, cos_RE: Tensor, sin_RE: Tensor, position_BT: Tensor) 
 
 
 def _attend(query_BHTE: Tensor, key_BKCE: Tensor, value_BKCE: Tensor, length_B: Tensor) -> Tensor:
+    if length_B.device.type != "cpu":
+        return attend_to_all(query_BHTE, key_BKCE, value_BKCE, length_B)
     num_new = query_BHTE.shape[2]
     is_grouped = query_BHTE.shape[1] != key_BKCE.shape[1]
     rows: list[Tensor] = []
@@ -217,7 +219,30 @@ def _attend(query_BHTE: Tensor, key_BKCE: Tensor, value_BKCE: Tensor, length_B: 
     return torch.cat(rows) if len(rows) > 1 else rows[0]
 
 
+def attend_to_all(query_BHTE: Tensor, key_BKCE: Tensor, value_BKCE: Tensor, length_B: Tensor) -> Tensor:
+    """Return the same as ``cached_attention`` of lengths that are on the device, and stay there.
+
+    The whole capacity is read and masked, so that one captured graph serves every length.
+    """
+    new_T = torch.arange(query_BHTE.shape[2], device=length_B.device)
+    place_C = torch.arange(key_BKCE.shape[2], device=length_B.device)
+    last_BT = (length_B - query_BHTE.shape[2]).unsqueeze(1) + new_T
+    is_seen_B1TC = (place_C <= last_BT.unsqueeze(2)).unsqueeze(1)
+    is_grouped = query_BHTE.shape[1] != key_BKCE.shape[1]
+    return functional.scaled_dot_product_attention(
+        query_BHTE, key_BKCE, value_BKCE, attn_mask=is_seen_B1TC, enable_gqa=is_grouped
+    )
+
+
+def write_at(cache_BKCE: Tensor, new_BKTE: Tensor, start_B: Tensor) -> Tensor:
+    """Do the same as ``cache_update``, in place, at places that are on the device, and stay there."""
+    place_BT = start_B.unsqueeze(1) + torch.arange(new_BKTE.shape[2], device=start_B.device)
+    return cache_BKCE.scatter_(2, place_BT[:, None, :, None].expand_as(new_BKTE), new_BKTE)
+
+
 def _write(cache_BKCE: Tensor, new_BKTE: Tensor, start_B: Tensor) -> Tensor:
+    if start_B.device.type != "cpu":
+        return write_at(cache_BKCE, new_BKTE, start_B)
     for row, start in enumerate(start_B.tolist()):
         cache_BKCE[row, :, start : start + new_BKTE.shape[2]] = new_BKTE[row]
     return cache_BKCE

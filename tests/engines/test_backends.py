@@ -25,7 +25,7 @@ from tokexport.exporter.bundle import Bundle
 
 STATIC = ["ort", "ort-portable", "torch-eager"]
 """Engines with a cache of fixed capacity."""
-ALL = "ort, ort-cuda, ort-portable, tensorrt, tensorrt-rtx, torch-eager, transformers"
+ALL = "ort, ort-cuda, ort-portable, tensorrt, tensorrt-rtx, torch-cuda, torch-cuda-graph, torch-eager, transformers"
 SAME = 1e-4
 
 TURNS = ([*words(6), IMAGE, *words(4, seed=1)], words(3, seed=2), [IMAGE], words(1, seed=3))

@@ -200,4 +200,4 @@ def test_nodes_are_the_same_if_everything_about_them_is():
 def test_an_engine_names_what_computes():
     engine = load_backend("ort")
     assert isinstance(engine, Rewriter)
-    assert engine.provider == "cpu"
+    assert engine.device == "cpu"

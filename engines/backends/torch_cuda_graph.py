@@ -1,0 +1,26 @@
+"""PyTorch on an NVIDIA GPU, single tokens as a CUDA graph."""
+
+import torch
+
+from tokexport.engines.backend import Backend, SessionOptions
+from tokexport.engines.source import source_design
+from tokexport.engines.torch_session import GraphedTorchSession
+from tokexport.errors import BackendUnavailableError
+from tokexport.exporter.bundle import Bundle
+
+
+class TorchCudaGraph(Backend):
+    """The same with single tokens as a CUDA graph."""
+
+    runtime = "PyTorch, CUDA"
+    device = "cuda"
+    runs_graphs = False
+
+    def state(self) -> str:
+        return "" if torch.cuda.is_available() else "it needs an NVIDIA GPU and a torch with CUDA"
+
+    def open(self, bundle: Bundle, options: SessionOptions) -> GraphedTorchSession:
+        reason = self.state()
+        if reason:
+            raise BackendUnavailableError(f"backend {self.name!r} cannot run here: {reason}")
+        return GraphedTorchSession(source_design(bundle, options.source), options, device="cuda")
