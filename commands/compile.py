@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Literal
 
 import click
 
@@ -24,6 +25,13 @@ from tokexport.errors import InputError
     help="Compute capability to build for, e.g. 8.6; by default that of the GPU here, without one 8.9.",
 )
 @click.option(
+    "--attention",
+    type=click.Choice(["fused", "plugin"]),
+    default="fused",
+    show_default=True,
+    help="Of the decoder: the library's own kernel, or ours as a plugin (tensorrt only).",
+)
+@click.option(
     "--max-text-tokens", type=click.IntRange(min=1), help="Room for text in the cache, by default the recipe's."
 )
 @click.option("--max-images", type=click.IntRange(min=0), help="Room for images in the cache, by default the recipe's.")
@@ -33,6 +41,7 @@ def compile_engines(
     artefact: Path,
     backend: str,
     capability: str | None,
+    attention: Literal["fused", "plugin"],
     max_text_tokens: int | None,
     max_images: int | None,
     overwrite: bool,
@@ -51,7 +60,14 @@ def compile_engines(
     terminal, bundle = Terminal(quiet=quiet), Bundle.open(artefact)
     options = SessionOptions.for_bundle(bundle, max_text_tokens=max_text_tokens, max_images=max_images)
     with terminal.working():
-        path = compiler.compile(bundle, options, capability=capability, overwrite=overwrite, progress=terminal.step)
+        path = compiler.compile(
+            bundle,
+            options,
+            capability=capability,
+            attention=attention,
+            overwrite=overwrite,
+            progress=terminal.step,
+        )
     record = json.loads((path / "engine.json").read_text(encoding="utf-8"))
     terminal.show(engine_table(record), f"compiled {path}")
     if as_json:

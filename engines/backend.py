@@ -26,6 +26,8 @@ DEFAULT_BACKEND = "ort"
 
 Array = NDArray[np.generic]
 Device = Literal["cpu", "cuda"]
+AttentionKind = Literal["fused", "plugin"]
+"""In a compiled engine: the library's own kernel, or ours as a plugin."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -225,6 +227,7 @@ class Compiler(Backend, ABC):
         options: SessionOptions,
         *,
         capability: str | None = None,
+        attention: AttentionKind = "fused",
         overwrite: bool = False,
         progress: Callable[[str], None] = lambda _: None,
     ) -> Path:
@@ -234,6 +237,7 @@ class Compiler(Backend, ABC):
             bundle: the artefact.
             options: room of the cache, which becomes part of what is built.
             capability: compute capability of the GPU to build for, e.g. 8.6; by default that of this machine.
+            attention: what computes the decoder's.
             overwrite: replace what was built before.
             progress: told what is being done.
 

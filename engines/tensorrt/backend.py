@@ -3,9 +3,10 @@
 from collections.abc import Callable
 from pathlib import Path
 
-from tokexport.engines.backend import Compiler, SessionOptions
+from tokexport.engines.backend import AttentionKind, Compiler, SessionOptions
 from tokexport.engines.tensorrt.compiler import build_decoder, build_vision_encoder
 from tokexport.engines.tensorrt.engine_folder import RECORD, engine_path, find, require_disk, store
+from tokexport.engines.tensorrt.flash_plugin import register_flash_attention, require_plugins
 from tokexport.engines.tensorrt.library import Library, gpu_capability, require_capability
 from tokexport.engines.tensorrt.session import TensorrtSession
 from tokexport.errors import BackendUnavailableError, EngineError
@@ -37,20 +38,25 @@ class TensorrtBackend(Compiler):
         options: SessionOptions,
         *,
         capability: str | None = None,
+        attention: AttentionKind = "fused",
         overwrite: bool = False,
         progress: Callable[[str], None] = lambda _: None,
     ) -> Path:
         self.require(bundle.recipe.export.dtype)
+        if attention == "plugin":
+            require_plugins(self.library)
         chosen = self._capability(capability)
         path = engine_path(bundle, self.library, chosen)
         if (path / RECORD).is_file() and not overwrite:
             raise EngineError(f"{path} is there already; build it again with --overwrite, or use it as it is")
         target = self.library.require_target(chosen) if self.library.targets else None
         require_disk(bundle)
+        if attention == "plugin":
+            register_flash_attention(self.library, bundle.spec, bundle.recipe.export.dtype, chosen)
         progress(f"building the vision encoder for compute capability {chosen}")
         vision = build_vision_encoder(bundle, self.library, options, target)
         progress("building the decoder")
-        decoder = build_decoder(bundle, self.library, options, target)
+        decoder = build_decoder(bundle, self.library, options, target, attention)
         store(path, bundle, self.library, chosen, options, {"vision_encoder": vision, "decoder": decoder})
         return path
 

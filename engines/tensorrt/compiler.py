@@ -9,7 +9,7 @@ from typing import Any
 
 import psutil
 
-from tokexport.engines.backend import SessionOptions
+from tokexport.engines.backend import AttentionKind, SessionOptions
 from tokexport.engines.tensorrt.dialect import rewritten_decoder
 from tokexport.engines.tensorrt.kernels import read_kernels, require_fused
 from tokexport.engines.tensorrt.library import Library
@@ -17,6 +17,7 @@ from tokexport.engines.tensorrt.phases import Shape, decoder_shapes, phases
 from tokexport.errors import EngineError
 from tokexport.exporter.bundle import Bundle
 from tokexport.exporter.graph_io import GraphIO
+from tokexport.exporter.passes.flash_attention_op import OPERATOR
 
 Shapes = Mapping[str, Sequence[Shape]]
 """By input: smallest, usual and largest."""
@@ -77,7 +78,9 @@ def build_vision_encoder(bundle: Bundle, library: Library, options: SessionOptio
     return _built(library, path, path.read_bytes(), io, [shapes], attentions, target, expected={})
 
 
-def build_decoder(bundle: Bundle, library: Library, options: SessionOptions, target: Any) -> Built:
+def build_decoder(
+    bundle: Bundle, library: Library, options: SessionOptions, target: Any, attention: AttentionKind = "fused"
+) -> Built:
     """Build the engine of the decoder, one profile a phase.
 
     Args:
@@ -85,15 +88,18 @@ def build_decoder(bundle: Bundle, library: Library, options: SessionOptions, tar
         library: the TensorRT that builds.
         options: room of the cache, which is part of the engine.
         target: the library's word for a compute capability, None for the GPU in this machine.
+        attention: what computes it; a plugin has to be registered before.
 
     Raises:
         EngineError: the graph is not parsed as it is meant, or an attention does not become one kernel.
     """
     capacities = options.capacities(bundle.plan)
     path, io = bundle.graph_path("decoder_model_merged"), bundle.graph_io("decoder_model_merged")
-    dialect = rewritten_decoder(bundle, capacities)
+    dialect = rewritten_decoder(bundle, capacities, attention)
     profiles = [decoder_shapes(io, bundle.plan, phase, capacities) for phase in phases(bundle.plan, options)]
     expected = {kind: dialect.operators[operator] for kind, operator in _OPERATORS.items()}
+    if attention == "plugin":
+        expected["PLUGIN_V3"] = dialect.operators[OPERATOR]
     return _built(library, path, dialect.graph, io, profiles, dialect.attentions, target, expected=expected)
 
 
@@ -133,7 +139,7 @@ def _built(
     fused = require_fused(read_kernels(log), attentions, len(profiles))
     return Built(
         plan=bytes(plan),
-        layers={kind: layers.get(kind, 0) for kind in _OPERATORS},
+        layers={kind: layers.get(kind, 0) for kind in (*_OPERATORS, *(expected.keys() - _OPERATORS.keys()))},
         fused_attentions=fused,
         seconds=time.monotonic() - started,
         peak_rss_bytes=psutil.Process().memory_info().rss,

@@ -30,10 +30,13 @@ DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 CAPABILITIES = (80, 86, 89, 90, 120)
 """Compute capabilities that the kernels are compiled for."""
 
-Phase = Literal["prefill", "decode"]
+Phase = Literal["prefill", "decode", "plugin"]
 # Powers of two are what exponents cost least with.
 LOG2_E = math.log2(math.e)
 QUERY_BLOCK, KEY_BLOCK = 64, 64
+# Text that a driver translates when an engine is loaded, of CUDA 12.8 or newer, which all of CAPABILITIES need. By
+# default Triton writes that of its own assembler, which drivers for older CUDA do not know.
+_PLUGIN_PTX = 87
 # The least that a matrix unit multiplies.
 _LEAST_ROWS = 16
 
@@ -55,11 +58,7 @@ def flash_attention(
     """
     batch, num_heads, num_new, head_dim = query_BHTE.shape
     num_kv_heads, capacity = key_BKCE.shape[1:3]
-    if head_dim not in HEAD_DIMS or query_BHTE.dtype not in DTYPES:
-        raise InputError(
-            f"heads of width {head_dim} in {query_BHTE.dtype}: flash attention is made for widths "
-            f"{' and '.join(map(str, HEAD_DIMS))} in {', '.join(str(dtype).removeprefix('torch.') for dtype in DTYPES)}"
-        )
+    require_made_for(head_dim, query_BHTE.dtype)
     if not all(tensor.is_contiguous() for tensor in (query_BHTE, key_BKCE, value_BKCE)):
         raise InputError("flash attention reads contiguous tensors; call .contiguous() before")
     out = torch.empty_like(query_BHTE)
@@ -95,6 +94,50 @@ def flash_attention(
     return out
 
 
+def plugin_attention(query_BHTE: Tensor, key_BKCE: Tensor, value_BKCE: Tensor, length_B: Tensor) -> Tensor:
+    """Return the same from the one kernel that the plugin has, however many tokens are new."""
+    batch, num_heads, num_new, head_dim = query_BHTE.shape
+    num_kv_heads, capacity = key_BKCE.shape[1:3]
+    require_made_for(head_dim, query_BHTE.dtype)
+    out = torch.empty_like(query_BHTE)
+    _KERNELS.plugin_kernel[plugin_grid(num_new, batch * num_heads)](
+        query_BHTE,
+        key_BKCE,
+        value_BKCE,
+        length_B,
+        num_new,
+        capacity,
+        out,
+        **_plugin_constants(num_heads, num_kv_heads, head_dim),
+        WIDEN=knobs.runtime.interpret and query_BHTE.dtype == torch.bfloat16,
+    )
+    return out
+
+
+def plugin_grid(num_new: Any, num_rows: Any) -> tuple[Any, Any]:
+    """Return how many programs the plugin's kernel takes, for numbers or expressions of them."""
+    return (num_new + (QUERY_BLOCK - 1)) // QUERY_BLOCK, num_rows
+
+
+def require_made_for(head_dim: int, dtype: torch.dtype) -> None:
+    """Check that there are kernels.
+
+    Raises:
+        InputError: a head width or a precision that they are not made for.
+    """
+    if head_dim not in HEAD_DIMS or dtype not in DTYPES:
+        raise InputError(
+            f"heads of width {head_dim} in {dtype}: flash attention is made for widths "
+            f"{' and '.join(map(str, HEAD_DIMS))} in {', '.join(str(dtype).removeprefix('torch.') for dtype in DTYPES)}"
+        )
+
+
+def _plugin_constants(num_heads: int, num_kv_heads: int, head_dim: int) -> dict[str, Any]:
+    scale = LOG2_E / math.sqrt(head_dim)
+    blocks = {"QUERY_BLOCK": QUERY_BLOCK, "KEY_BLOCK": KEY_BLOCK}
+    return {"SCALE": scale, **heads_of(num_heads, num_kv_heads, head_dim), **blocks}
+
+
 def heads_of(num_heads: int, num_kv_heads: int, head_dim: int) -> dict[str, int]:
     """Return the constants that all kernels are compiled for."""
     return {"NUM_HEADS": num_heads, "NUM_KV_HEADS": num_kv_heads, "HEAD_DIM": head_dim}
@@ -111,7 +154,7 @@ def compiled(
     """Compile the kernel of a phase for a GPU that need not be there.
 
     Args:
-        phase: prefill or decode.
+        phase: prefill, decode, or plugin for both.
         capability: of the GPU, e.g. 86.
         dtype: of queries, keys and values.
         num_heads: H.
@@ -128,6 +171,11 @@ def compiled(
         kernel = _KERNELS.prefill_kernel
         constants["QUERY_BLOCK"] = QUERY_BLOCK
         others = {"length": "*i32", "out": f"*{short}", "scale": "fp32", "num_new": "i32", "capacity": "i32"}
+    elif phase == "plugin":
+        kernel = _KERNELS.plugin_kernel
+        constants |= _plugin_constants(num_heads, num_kv_heads, head_dim)
+        # Lengths are as the graph has them.
+        others = {"length": "*i64", "num_new": "i32", "capacity": "i32", "out": f"*{short}"}
     else:
         kernel = _KERNELS.decode_part_kernel
         constants["ROWS"] = decode_rows(num_heads, num_kv_heads)
@@ -135,5 +183,7 @@ def compiled(
         others |= {"capacity": "i32", "num_parts": "i32"}
     signature = {**tensors, **others, **dict.fromkeys(constants, "constexpr")}
     source = ASTSource(kernel, {name: signature[name] for name in kernel.arg_names}, constants)
-    options = {"num_warps": 4, "enable_fp_fusion": True}
+    options: dict[str, Any] = {"num_warps": 4, "enable_fp_fusion": True}
+    if phase == "plugin":
+        options["ptx_version"] = _PLUGIN_PTX
     return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)

@@ -70,6 +70,42 @@ def prefill_kernel(
 
 
 @triton.jit
+def plugin_kernel(
+    query,
+    key,
+    value,
+    length,
+    num_new,
+    capacity,
+    out,
+    SCALE: tl.constexpr,
+    NUM_HEADS: tl.constexpr,
+    NUM_KV_HEADS: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    QUERY_BLOCK: tl.constexpr,
+    KEY_BLOCK: tl.constexpr,
+    WIDEN: tl.constexpr,
+):
+    """Do what ``prefill_kernel`` does, called as TensorRT calls a plugin: inputs, whole numbers, outputs."""
+    prefill_kernel(
+        query,
+        key,
+        value,
+        length,
+        out,
+        SCALE,
+        num_new,
+        capacity,
+        NUM_HEADS,
+        NUM_KV_HEADS,
+        HEAD_DIM,
+        QUERY_BLOCK,
+        KEY_BLOCK,
+        WIDEN,
+    )
+
+
+@triton.jit
 def decode_part_kernel(
     query,
     key,

@@ -19,12 +19,17 @@ DOMAIN, OPERATOR = "tokexport", "FlashAttention"
 class UseFlashAttention(InPlacePass):
     """Put our operator in place of every cached attention; afterwards ``count`` says how many there were.
 
+    Args:
+        is_plugin: write it as TensorRT's parser looks for a plugin, by attributes, and without its meaning, which the
+            parser would take instead.
+
     Raises:
         ExportError: a cached attention is not causal, or has a mask.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, is_plugin: bool = False) -> None:
         self.count = 0
+        self._is_plugin = is_plugin
 
     def call(self, model: ir.Model) -> PassResult:
         self.count = 0
@@ -33,9 +38,9 @@ class UseFlashAttention(InPlacePass):
                 self._replace(model.graph, node)
                 self.count += 1
         if self.count:
-            opset = model.graph.opset_imports[""]
-            meaning = _meaning(opset)
-            model.functions[meaning.identifier()] = meaning
+            if not self._is_plugin:
+                meaning = _meaning(model.graph.opset_imports[""])
+                model.functions[meaning.identifier()] = meaning
             model.graph.opset_imports[DOMAIN] = 1
         return PassResult(model, modified=self.count > 0)
 
@@ -49,7 +54,8 @@ class UseFlashAttention(InPlacePass):
             )
         new = tape.Tape()
         inputs = [attention.inputs[index] for index in (0, 1, 2, 6)]
-        attended = new.op(OPERATOR, inputs, domain=DOMAIN, name=attention.name)
+        found_by = {"plugin_namespace": DOMAIN, "plugin_version": "1", "aot": 1} if self._is_plugin else {}
+        attended = new.op(OPERATOR, inputs, found_by, domain=DOMAIN, name=attention.name)
         graph.insert_before(attention, new.nodes)
         old = attention.outputs[0]
         attended.name, attended.shape, attended.type = old.name, old.shape, old.type
