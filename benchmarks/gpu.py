@@ -19,7 +19,7 @@ import torch
 from tokexport.engines.backend import Compiler, SessionOptions, list_backends, load_backend
 from tokexport.engines.bench import Arm, measure_arms
 from tokexport.engines.build import build, verify_artefact
-from tokexport.engines.environment import describe_environment
+from tokexport.engines.environment import describe_environment, missing_gpu
 from tokexport.engines.parity import failure_text
 from tokexport.engines.tensorrt.library import Library
 from tokexport.engines.worker import Workload
@@ -185,13 +185,9 @@ def require_gpu() -> None:
     Raises:
         ClickException: something is.
     """
-    if not describe_environment().gpus:
-        missing = "an NVIDIA GPU with its driver (nvidia-smi lists none)"
-    elif not torch.cuda.is_available():
-        missing = f"a torch with CUDA (torch {torch.__version__} sees no GPU)"
-    else:
-        return
-    raise click.ClickException(f"this benchmark needs {missing}; to try the script without: --device cpu")
+    missing = missing_gpu()
+    if missing:
+        raise click.ClickException(f"this benchmark cannot run here: {missing}; to try the script: --device cpu")
 
 
 @click.command()

@@ -55,6 +55,18 @@ def list_gpus() -> tuple[str, ...]:
     return tuple(f"{name}, driver {driver}, compute capability {capability}" for name, driver, capability in rows)
 
 
+def missing_gpu() -> str:
+    """Return what keeps torch, and what runs beside it, from an NVIDIA GPU; nothing where it has one."""
+    import torch
+
+    if torch.cuda.is_available():
+        return ""
+    found = list_gpus()
+    if found:
+        return f"torch {torch.__version__} does not see {found[0]}; install a torch with CUDA for this driver"
+    return "it needs an NVIDIA GPU, and there is none"
+
+
 def _cpu_name() -> str:
     path = Path("/proc/cpuinfo")
     lines = path.read_text().splitlines() if path.is_file() else []

@@ -1,6 +1,7 @@
 """ONNX Runtime with its flash attention on any NVIDIA GPU, also on one that TensorRT-RTX does not know, like Hopper."""
 
 from tokexport.engines.backend import Rewriter, SessionOptions
+from tokexport.engines.environment import missing_gpu
 from tokexport.engines.ort_session import OrtSession, ort, rewritten_decoder
 from tokexport.errors import BackendUnavailableError
 from tokexport.exporter.bundle import Bundle
@@ -26,9 +27,7 @@ class OrtCuda(Rewriter):
                 "ONNX Runtime is installed without CUDA; install it with: pip uninstall onnxruntime, then pip install "
                 "'tokexport[cuda]'"
             )
-        import torch
-
-        return "" if torch.cuda.is_available() else "it needs an NVIDIA GPU, and there is none"
+        return missing_gpu()
 
     def open(self, bundle: Bundle, options: SessionOptions) -> OrtSession:
         self.require(bundle.recipe.export.dtype)

@@ -1,8 +1,7 @@
 """PyTorch on an NVIDIA GPU, single tokens as a CUDA graph."""
 
-import torch
-
 from tokexport.engines.backend import Backend, SessionOptions
+from tokexport.engines.environment import missing_gpu
 from tokexport.engines.source import source_design
 from tokexport.engines.torch_session import GraphedTorchSession
 from tokexport.errors import BackendUnavailableError
@@ -17,7 +16,7 @@ class TorchCudaGraph(Backend):
     runs_graphs = False
 
     def state(self) -> str:
-        return "" if torch.cuda.is_available() else "it needs an NVIDIA GPU and a torch with CUDA"
+        return missing_gpu()
 
     def open(self, bundle: Bundle, options: SessionOptions) -> GraphedTorchSession:
         reason = self.state()

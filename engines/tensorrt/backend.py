@@ -4,6 +4,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from tokexport.engines.backend import AttentionKind, Compiler, SessionOptions
+from tokexport.engines.environment import missing_gpu
 from tokexport.engines.tensorrt.compiler import build_decoder, build_vision_encoder
 from tokexport.engines.tensorrt.engine_folder import RECORD, engine_path, find, require_disk, store
 from tokexport.engines.tensorrt.flash_plugin import register_flash_attention, require_plugins
@@ -27,7 +28,7 @@ class TensorrtBackend(Compiler):
         here, targets = gpu_capability(), ", ".join(self.library.targets)
         if here is None:
             what = f"compiles for compute capability {targets}; " if targets else ""
-            return f"{what}running needs an NVIDIA GPU, and there is none"
+            return f"{what}to run, {missing_gpu()}"
         if targets and here not in self.library.targets:
             return f"compiles for compute capability {targets}; the GPU in this machine has {here}"
         return ""

@@ -42,7 +42,7 @@ def test_every_arm_gives_a_row_and_is_not_measured_again(tmp_path: Path):
 def test_without_a_gpu_it_says_what_is_missing(tmp_path: Path):
     outcome = ran("--out", tmp_path / "out")
     assert outcome.exit_code == 1
-    assert "this benchmark needs an NVIDIA GPU with its driver (nvidia-smi lists none); " in outcome.output
+    assert "this benchmark cannot run here: it needs an NVIDIA GPU, and there is none; to try" in outcome.output
     assert not (tmp_path / "out").exists()
 
 

@@ -3,8 +3,9 @@
 from pathlib import Path
 
 import pytest
+import torch
 
-from tokexport.engines.environment import describe_environment, list_gpus
+from tokexport.engines.environment import describe_environment, list_gpus, missing_gpu
 
 
 def with_driver(folder: Path, monkeypatch: pytest.MonkeyPatch, script: str) -> None:
@@ -32,3 +33,14 @@ def test_a_driver_without_a_gpu_lists_none(tmp_path: Path, monkeypatch: pytest.M
 def test_a_machine_without_a_driver_has_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("PATH", str(tmp_path))
     assert list_gpus() == ()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="torch sees the GPU here")
+def test_a_gpu_that_torch_does_not_see_is_told_from_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    with_driver(tmp_path, monkeypatch, "echo 'NVIDIA L4, 580.1, 8.9'")
+    assert missing_gpu() == (
+        f"torch {torch.__version__} does not see NVIDIA L4, driver 580.1, compute capability 8.9; install a torch with "
+        "CUDA for this driver"
+    )
+    monkeypatch.setenv("PATH", "")
+    assert missing_gpu() == "it needs an NVIDIA GPU, and there is none"

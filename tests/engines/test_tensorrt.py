@@ -13,6 +13,7 @@ import onnx
 import onnx_ir as ir
 import onnxruntime as ort
 import pytest
+import torch
 from numpy.typing import NDArray
 from onnx_ir import tape
 
@@ -266,8 +267,26 @@ def test_precision_that_no_fused_attention_computes_is_refused(tiny_adsc: Bundle
 
 
 def test_an_engine_needs_a_gpu_to_run(compiled: tuple[Bundle, Path]):
-    with pytest.raises(BackendUnavailableError, match=r"cannot run here: compiles for .*needs an NVIDIA GPU"):
+    with pytest.raises(
+        BackendUnavailableError, match=r"cannot run here: compiles for .*; to run, it needs an NVIDIA GPU"
+    ):
         open_session(compiled[0], "tensorrt-rtx", OPTIONS)
+
+
+@pytest.mark.parametrize(
+    ("capability", "text"),
+    [
+        ((8, 9), ""),
+        ((9, 0), "compiles for compute capability 7.5, 8.0, 8.6, 8.9, 12.0, 12.1; the GPU in this machine has 9.0"),
+    ],
+)
+def test_doctor_tells_whether_the_gpu_is_one_that_is_compiled_for(
+    monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int], text: str
+):
+    pytest.importorskip("tensorrt_rtx")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
+    assert compiler().state() == text
 
 
 def found(bundle: Bundle, **changes: Any) -> Any:
