@@ -8,7 +8,8 @@ from tokexport.engines.backend import AS_BUILT, DEFAULT_BACKEND, SessionOptions,
 from tokexport.engines.bench import Bench, bench
 from tokexport.engines.kept_agreement import kept_agreement, require_choice
 from tokexport.engines.mixing import mixing_of
-from tokexport.engines.parity import Verification, failure_text, make_probe, require_provable, verify
+from tokexport.engines.parity import Verification, failure_text, require_provable, verify
+from tokexport.engines.probe import make_probe
 from tokexport.engines.prompt import require_askable
 from tokexport.engines.report import write_reports
 from tokexport.engines.source import source_design

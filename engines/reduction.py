@@ -30,7 +30,8 @@ from tokexport.engines.compare import Check, Tolerance, compare_tensors, load_to
 from tokexport.engines.generate import IMAGE, Conversation
 from tokexport.engines.graph_parts import Part, Reduction, common_values, is_same_node, part_before, part_graph
 from tokexport.engines.ort_session import OrtSession, graph_file, inference_session
-from tokexport.engines.parity import Probe, Progress
+from tokexport.engines.parity import Progress
+from tokexport.engines.probe import Probe
 from tokexport.errors import BackendUnavailableError
 from tokexport.exporter.bundle import Bundle
 from tokexport.exporter.graph_io import GraphName

@@ -17,7 +17,8 @@ from tests.conftest import adsc, recipe_for, save_checkpoint, tiny_config
 from tests.engines.conftest import with_checksums_of_today
 from tokexport.engines.backend import AS_BUILT, SessionOptions, Source
 from tokexport.engines.generate import IMAGE
-from tokexport.engines.parity import NEW_TOKENS, Verification, failure_text, make_probe, verify
+from tokexport.engines.parity import Verification, failure_text, verify
+from tokexport.engines.probe import NEW_TOKENS, make_probe
 from tokexport.engines.source import source_design
 from tokexport.errors import BackendUnavailableError, CheckpointError
 from tokexport.exporter.bundle import Bundle

@@ -21,7 +21,8 @@ from tokexport.engines.backend import AS_BUILT, Rewriter, SessionOptions, load_b
 from tokexport.engines.backends.ort import Ort
 from tokexport.engines.build import verify_artefact
 from tokexport.engines.graph_parts import Reduction, common_values, is_same_node, part_before
-from tokexport.engines.parity import Probe, failure_text, make_probe
+from tokexport.engines.parity import failure_text
+from tokexport.engines.probe import Probe, make_probe
 from tokexport.engines.reduction import _calls, _Search, reduce_failure, require_reducible
 from tokexport.engines.source import source_design
 from tokexport.errors import BackendUnavailableError
