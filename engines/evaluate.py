@@ -214,10 +214,7 @@ def ask_dialogue(
         answers.append(_score(dialogue, turn, asked, answer, metric))
         # An answer that is a stop token alone has no first token.
         times.append(answer.ttft_ms if answer.token_ids else answer.total_ms)
-    digest = hashlib.sha256()
-    for part in _content(dialogue):
-        digest.update(part)
-    return AskedDialogue(answers=tuple(answers), ttft_ms=tuple(times), sha256=digest.digest())
+    return AskedDialogue(answers=tuple(answers), ttft_ms=tuple(times), sha256=_digest(dialogue))
 
 
 def evaluate(
@@ -261,6 +258,14 @@ def evaluate(
     )
 
 
+def data_sha256(dialogues: Iterable[Dialogue]) -> str:
+    """Return the ``sha256`` that an evaluation of dialogues has, without asking them."""
+    digest = hashlib.sha256()
+    for dialogue in dialogues:
+        digest.update(_digest(dialogue))
+    return digest.hexdigest()
+
+
 def _score(dialogue: Dialogue, turn: int, asked: Turn, answer: Answer, metric: Metric) -> ScoredAnswer:
     return ScoredAnswer(
         dialogue=dialogue.name,
@@ -287,6 +292,13 @@ def _no_room(vlm: Vlm) -> str:
     if room + vlm.session.plan.num_positions >= positions:
         return f"the answer does not fit behind the {positions} positions of the model; ask fewer turns a dialogue"
     return f"the answer does not fit into a cache for {room} text tokens; raise --max-text-tokens"
+
+
+def _digest(dialogue: Dialogue) -> bytes:
+    digest = hashlib.sha256()
+    for part in _content(dialogue):
+        digest.update(part)
+    return digest.digest()
 
 
 def _content(dialogue: Dialogue) -> Iterator[bytes]:

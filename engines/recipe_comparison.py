@@ -11,6 +11,7 @@ from tokexport.engines.backend import SessionOptions
 from tokexport.engines.bench import Arm, measure_arms
 from tokexport.engines.build import build
 from tokexport.engines.environment import describe_environment
+from tokexport.engines.evaluate import data_sha256
 from tokexport.engines.evaluation_data import DialogueSet
 from tokexport.engines.worker import Workload
 from tokexport.errors import BundleError, InputError, TokexportError
@@ -82,6 +83,8 @@ def compare_recipes(
         InputError: no recipe without compression, two of one name, or none that could be built.
     """
     full = _full(recipes)
+    # Made dialogues are known by their recipe, those of a file by what they hold.
+    data = {**asked.description, **({} if asked.is_made else {"sha256": data_sha256(asked)})}
     failures: dict[str, str] = {}
     accuracies: dict[str, Mapping[str, Any]] = {}
     arms: list[Arm] = []
@@ -89,7 +92,7 @@ def compare_recipes(
         try:
             bundle = _artefact(recipe, folder / recipe.name, options, progress)
             compared = None if recipe is full else folder / full.name
-            accuracies[recipe.name] = _accuracy(bundle, asked, options, compared, progress, tick)
+            accuracies[recipe.name] = _accuracy(bundle, asked, data, options, compared, progress, tick)
         except TokexportError as error:
             if recipe is full:
                 raise
@@ -154,13 +157,14 @@ def _artefact(recipe: Recipe, path: Path, options: EvalOptions, progress: Progre
 def _accuracy(
     bundle: Bundle,
     asked: DialogueSet,
+    data: Mapping[str, Any],
     options: EvalOptions,
     full: Path | None,
     progress: Progress,
     tick: Tick,
 ) -> Mapping[str, Any]:
     stored = bundle.read_report("eval.json") or {}
-    is_same = asked.is_made and asked.description.items() <= stored.get("data", {}).items()
+    is_same = data.items() <= stored.get("data", {}).items() and stored.get("dialogues") == asked.size
     has_full = full is None or bool(stored.get("full"))
     if not (is_same and has_full and options.rules().items() <= stored.items()):
         stored = evaluate_artefact(bundle.path, asked, options, full=full, progress=progress, tick=tick).report()

@@ -6,6 +6,8 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import adsc, recipe_for
+from tokexport.dialogues.generate import make_dialogue
+from tokexport.dialogues.jsonl import write_jsonl
 from tokexport.engines.accuracy import EvalOptions
 from tokexport.engines.evaluation_data import open_dialogues
 from tokexport.engines.recipe_comparison import RecipeComparison, compare_recipes
@@ -63,6 +65,31 @@ def test_what_is_there_is_used_again(checkpoint: Path, folder: Path):
         recipes(checkpoint)[:2], folder, open_dialogues(dialogues=2), OPTIONS, repeats=1, progress=said.append
     )
     assert not [text for text in said if "tracing" in text or "evaluating" in text]
+
+
+@pytest.mark.usefixtures("found")
+def test_an_evaluation_on_fewer_dialogues_is_not_taken_for_one_on_more(checkpoint: Path, folder: Path):
+    said: list[str] = []
+    compare_recipes(
+        recipes(checkpoint)[:2], folder, open_dialogues(dialogues=3), OPTIONS, repeats=1, progress=said.append
+    )
+    assert [text for text in said if "evaluating" in text] == [
+        "evaluating full on 3 dialogues",
+        "evaluating thin on 3 dialogues",
+    ]
+
+
+def test_evaluations_on_a_file_are_used_again_until_it_changes(checkpoint: Path, tmp_path: Path):
+    said: list[str] = []
+
+    def compare(first: int) -> int:
+        said.clear()
+        data = write_jsonl((make_dialogue(0, "test", first + number) for number in range(2)), tmp_path / "data")
+        given = [recipes(checkpoint)[1]]
+        compare_recipes(given, tmp_path, open_dialogues(str(data)), OPTIONS, repeats=1, progress=said.append)
+        return sum("evaluating" in text for text in said)
+
+    assert [compare(0), compare(0), compare(5)] == [1, 0, 1]
 
 
 @pytest.mark.usefixtures("found")
