@@ -4,6 +4,7 @@
 speed-up are read from it, and none of them knows which method made it.
 """
 
+import functools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import groupby, pairwise
@@ -15,7 +16,9 @@ PositionPolicy = Literal["keep", "renumber"]
 """Rotary positions of the tokens that stay: those they came with, or side by side."""
 
 # torch.export takes a dimension of 0 or 1 for fixed, and the graph could not be run without an image.
-_LEAST_KEEP = 2
+LEAST_KEEP = 2
+# Of the sides of a cell; where no product is squarer, the nearest counts that are do better.
+_MOST_STRETCH = 2.0
 
 DTYPE_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
 
@@ -203,9 +206,9 @@ def resolve_keep(keep: int | float, arriving: int, where: str) -> int:
             f"{where} keep = {keep} must lie between 0 and 1 as a fraction; a token count is written as a whole number"
         )
     count = round(keep * arriving) if isinstance(keep, float) else keep
-    if count < _LEAST_KEEP:
+    if count < LEAST_KEEP:
         raise RecipeError(
-            f"{where} keep = {keep} leaves {count} of {arriving} vision tokens; keep at least {_LEAST_KEEP}, as a "
+            f"{where} keep = {keep} leaves {count} of {arriving} vision tokens; keep at least {LEAST_KEEP}, as a "
             "graph takes a single token for a constant"
         )
     if count > arriving:
@@ -286,12 +289,21 @@ def squarest_grid(grid: tuple[int, int], arriving: tuple[int, int], keep: int) -
     fits = [
         (rows, keep // rows) for rows in range(1, arriving[0] + 1) if keep % rows == 0 and keep // rows <= arriving[1]
     ]
+    return min(fits, key=lambda kept: (_stretch(grid, kept), kept)) if fits else None
 
-    def stretch(kept: tuple[int, int]) -> float:
-        ratio = (grid[0] / kept[0]) / (grid[1] / kept[1])
-        return max(ratio, 1 / ratio)
 
-    return min(fits, key=lambda kept: (stretch(kept), kept)) if fits else None
+@functools.cache
+def even_grids(grid: tuple[int, int]) -> Mapping[int, tuple[int, int]]:
+    """Return, by ascending count, the rows and columns of fewer tokens whose cells on ``grid`` are nearly square."""
+    products = {rows * columns for rows in range(1, grid[0] + 1) for columns in range(1, grid[1] + 1)}
+    squarest = {count: squarest_grid(grid, grid, count) for count in sorted(products - {1, grid[0] * grid[1]})}
+    return {count: kept for count, kept in squarest.items() if kept and _stretch(grid, kept) <= _MOST_STRETCH}
+
+
+def _stretch(grid: tuple[int, int], kept: tuple[int, int]) -> float:
+    """Return the longer side of a cell over its shorter one."""
+    ratio = (grid[0] / kept[0]) / (grid[1] / kept[1])
+    return max(ratio, 1 / ratio)
 
 
 def scaled_layers(layers: Sequence[int], before: int, after: int) -> tuple[int, ...]:
@@ -305,9 +317,14 @@ def scaled_layers(layers: Sequence[int], before: int, after: int) -> tuple[int, 
         raise RecipeError(f"a bottleneck stands before layer {beyond[0]}: the model has the layers 0 to {before - 1}")
     if len(layers) > after:
         raise RecipeError(f"{len(layers)} bottlenecks do not fit into {after} layers; use {len(layers)} or more")
+    return moved_layers(layers, after / before, after)
+
+
+def moved_layers(layers: Sequence[int], factor: float, num_layers: int) -> tuple[int, ...]:
+    """Multiply ascending layer numbers by ``factor`` and keep them in order, different, and within the model."""
     moved: list[int] = []
     for number, layer in enumerate(layers):
         least = moved[-1] + 1 if moved else 0
-        most = after - (len(layers) - number)  # leaves one layer for each that follows
-        moved.append(min(max(least, round(layer * after / before)), most))
+        most = num_layers - (len(layers) - number)  # leaves one layer for each that follows
+        moved.append(min(max(least, round(layer * factor)), most))
     return tuple(moved)

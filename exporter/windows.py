@@ -6,16 +6,13 @@ Methods that merge tokens start from averages over windows, and the windows alon
 import math
 from abc import ABC
 from dataclasses import dataclass
-from itertools import product
 from typing import Literal
 
 from tokexport.errors import RecipeError
 from tokexport.exporter.method import Method
-from tokexport.exporter.plan import PositionPolicy, TokenPlan, VlmSpec, resolve_keep, squarest_grid
+from tokexport.exporter.plan import PositionPolicy, TokenPlan, VlmSpec, even_grids, resolve_keep
 
 Pattern = Literal["stride", "grid"]
-# Of the sides of a cell; where no product is squarer, the nearest counts that are do better.
-_MOST_STRETCH = 2.0
 
 
 @dataclass(frozen=True)
@@ -132,9 +129,7 @@ def _given(axes: tuple[int, ...], kernel: int, stride: int, where: str) -> Windo
 
 def _kept_grid(axes: tuple[int, ...], count: int, where: str, *, may_differ: bool) -> tuple[int, int]:
     grid = (axes[0], axes[1])
-    # Nothing is compressed with as many windows as tokens.
-    counts = sorted({rows * columns for rows, columns in product(*(range(1, side + 1) for side in grid))} - {1})[:-1]
-    found = {number: kept for number in counts if (kept := squarest_grid(grid, grid, number)) and _is_even(grid, kept)}
+    found = even_grids(grid)
     if may_differ:
         count = min(found, key=lambda number: abs(number - count))
     if count not in found:
@@ -144,11 +139,6 @@ def _kept_grid(axes: tuple[int, ...], count: int, where: str, *, may_differ: boo
             f'{" or ".join(map(str, below + above))}, or lay the windows along the sequence with pattern = "stride"'
         )
     return found[count]
-
-
-def _is_even(grid: tuple[int, int], kept: tuple[int, int]) -> bool:
-    stretch = (grid[0] / kept[0]) / (grid[1] / kept[1])
-    return max(stretch, 1 / stretch) <= _MOST_STRETCH
 
 
 def _require_grid(arriving: TokenPlan, where: str) -> tuple[int, ...]:
