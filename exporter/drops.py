@@ -1,11 +1,20 @@
 """Methods that leave vision tokens out before chosen decoder layers."""
 
+import bisect
+import contextlib
+import math
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from typing import Self
 
 from tokexport.errors import RecipeError
+from tokexport.exporter.budget import is_met, nearest_choice
 from tokexport.exporter.method import Method
-from tokexport.exporter.plan import TokenPlan, VlmSpec, resolve_keep, scaled_layers
+from tokexport.exporter.plan import LEAST_KEEP, TokenPlan, VlmSpec, moved_layers, resolve_keep, scaled_layers
+
+# How finely schedules for a budget are searched.
+_STEPS_A_LAYER, _SCALES = 32, 400
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,11 +52,80 @@ class Dropping(Method):
             plan = plan_drop(plan, spec, drop, f"[[compress]] {self.name} drop")
         return plan
 
+    def for_budget(self, spec: VlmSpec, arriving: TokenPlan, tokens: int) -> Self:
+        """Return the schedule moved and thinned, as far as can be by one factor, so that it meets a budget.
+
+        Layers are whole numbers and move in steps. For each placement of the bottlenecks the counts are multiplied by
+        the number that meets the budget; the placement is taken whose factor is the nearest to that number.
+        """
+        plan = self.plan(spec, arriving)
+        if plan.mean_vision_tokens == tokens:
+            return self
+        counts = [plan.per_layer[drop.layer] for drop in self.drops]
+        best: list[tuple[float, float, Self]] = []
+        for layers, factors in _placements([drop.layer for drop in self.drops], spec.num_layers).items():
+            found = self._nearest_at(layers, counts, spec, arriving, tokens)
+            if found is not None:
+                mean, scale, changed = found
+                best.append((mean, min(abs(math.log(scale / factor)) for factor in factors), changed))
+        best.sort(key=lambda choice: choice[1])
+        met = [(mean, changed) for mean, _, changed in best if is_met(mean, tokens)]
+        every = met[:1] or [(mean, changed) for mean, _, changed in best]
+        return nearest_choice(every, tokens, f"[[compress]] {self.name}:")
+
+    def countable(self, arriving: TokenPlan) -> Sequence[int]:
+        """Return the token counts that a bottleneck may keep, ascending."""
+        return range(LEAST_KEEP, arriving.entering_llm)
+
+    def _nearest_at(
+        self, layers: tuple[int, ...], counts: Sequence[int], spec: VlmSpec, arriving: TokenPlan, tokens: int
+    ) -> tuple[float, float, Self] | None:
+        """Return mean, scale and schedule of the counts that come nearest to a budget with these layers."""
+        stretches = [after - before for before, after in pairwise((*layers, spec.num_layers))]
+        before = layers[0] * arriving.entering_llm
+        scaled = {
+            keeps: (before + sum(keep * stretch for keep, stretch in zip(keeps, stretches, strict=True)), scale)
+            for keeps, scale in _scaled(counts, self.countable(arriving), arriving.entering_llm)
+        }
+        for keeps, (total, scale) in sorted(
+            scaled.items(), key=lambda item: abs(item[1][0] - tokens * spec.num_layers)
+        ):
+            drops = tuple(Drop(layer=layer, keep=keep) for layer, keep in zip(layers, keeps, strict=True))
+            changed = replace(self, drops=drops)
+            with contextlib.suppress(RecipeError):
+                changed.plan(spec, arriving)
+                return total / spec.num_layers, scale, changed
+        return None
+
     def for_num_layers(self, before: int, after: int) -> Self:
         layers = scaled_layers([drop.layer for drop in self.drops], before, after)
         return replace(
             self, drops=tuple(replace(drop, layer=layer) for drop, layer in zip(self.drops, layers, strict=True))
         )
+
+
+def _placements(layers: Sequence[int], num_layers: int) -> dict[tuple[int, ...], list[float]]:
+    """Return where bottlenecks can move when all layers are multiplied by one factor, and by which factors."""
+    found: dict[tuple[int, ...], list[float]] = {}
+    for step in range(1, num_layers * _STEPS_A_LAYER):
+        factor = step / _STEPS_A_LAYER
+        found.setdefault(moved_layers(layers, factor, num_layers), []).append(factor)
+    return found
+
+
+def _scaled(counts: Sequence[int], countable: Sequence[int], full: int) -> Iterator[tuple[tuple[int, ...], float]]:
+    """Yield counts multiplied by one number, each the nearest that can be kept, and that number."""
+    least, most = math.log(LEAST_KEEP / max(counts)), math.log(full / min(counts))
+    for step in range(_SCALES + 1):
+        scale = math.exp(least + (most - least) * step / _SCALES)
+        keeps = tuple(_nearest(countable, count * scale) for count in counts)
+        if all(before > after for before, after in pairwise((full, *keeps))):
+            yield keeps, scale
+
+
+def _nearest(ascending: Sequence[int], wanted: float) -> int:
+    at = bisect.bisect(ascending, wanted)
+    return min(ascending[max(0, at - 1) : at + 1], key=lambda count: abs(count - wanted))
 
 
 def plan_drop(plan: TokenPlan, spec: VlmSpec, drop: Drop, what: str) -> TokenPlan:

@@ -4,16 +4,18 @@ A method is one file in ``exporter/methods/``; its file name is its name in a re
 defines one frozen dataclass, a subclass of ``Method``, whose fields are the recipe's options.
 """
 
+import contextlib
 import sys
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING, ClassVar, Self
 
 from tokexport.errors import RecipeError
 from tokexport.exporter import methods
+from tokexport.exporter.budget import nearest_choice
 from tokexport.exporter.graph_io import stage_name
-from tokexport.exporter.plan import TokenPlan, VlmSpec
+from tokexport.exporter.plan import LEAST_KEEP, TokenPlan, VlmSpec
 from tokexport.exporter.registry import list_plugins, load_plugin
 from tokexport.recipes.schema import CompressTable
 from tokexport.recipes.tables import parse_table, table_of
@@ -86,6 +88,28 @@ class Method(ABC):
     def for_num_layers(self, before: int, after: int) -> Self:
         """Return the method for the same model cut from ``before`` to ``after`` decoder layers."""
         return self
+
+    def for_budget(self, spec: VlmSpec, arriving: TokenPlan, tokens: int) -> Self:
+        """Return the method with the mean of vision tokens per layer nearest to ``tokens``, see ``exporter.budget``.
+
+        By default an option ``keep`` is set to the count that does so, all others staying as they are.
+
+        Raises:
+            RecipeError: no setting meets the budget; the text names the nearest.
+        """
+        if "keep" not in (field.name for field in fields(self)):
+            raise RecipeError(
+                f"[[compress]] {self.name} has no option that a budget sets; compare it without one, in a recipe of "
+                "its own"
+            )
+        return nearest_choice(self._counts(spec, arriving), tokens, f"[[compress]] {self.name}:")
+
+    def _counts(self, spec: VlmSpec, arriving: TokenPlan) -> "Iterator[tuple[float, Self]]":
+        """Yield the method with every count that it takes, and the mean of tokens per layer."""
+        for count in range(LEAST_KEEP, arriving.entering_llm):
+            changed = replace(self, **{"keep": count})
+            with contextlib.suppress(RecipeError):
+                yield changed.plan(spec, arriving).mean_vision_tokens, changed
 
 
 def list_methods() -> list[str]:

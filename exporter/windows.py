@@ -5,8 +5,8 @@ Methods that merge tokens start from averages over windows, and the windows alon
 
 import math
 from abc import ABC
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import dataclass, replace
+from typing import Literal, Self
 
 from tokexport.errors import RecipeError
 from tokexport.exporter.method import Method
@@ -72,6 +72,11 @@ class Windowed(Method, ABC):
         grid = (windows.kept[0], windows.kept[1]) if len(windows.kept) == 2 else None
         places = windows.centres if self.positions == "keep" else None
         return arriving.thinned_before_llm(windows.count, grid, places=places)
+
+    def for_budget(self, spec: VlmSpec, arriving: TokenPlan, tokens: int) -> Self:
+        if self.plan(spec, arriving).mean_vision_tokens == tokens:
+            return self
+        return super(Windowed, replace(self, kernel=None, stride=None)).for_budget(spec, arriving, tokens)
 
     def windows(self, arriving: TokenPlan) -> Windows:
         """Return the windows over the tokens that arrive.

@@ -5,6 +5,7 @@ extra module: the model, tuned with the bottlenecks in place, moves what matters
 that stay. In a graph every bottleneck is a gather with a constant index.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import TYPE_CHECKING, Literal
@@ -15,6 +16,7 @@ from tokexport.exporter.plan import (
     PositionPolicy,
     TokenPlan,
     VlmSpec,
+    even_grids,
     grid_index,
     squarest_grid,
     stride_index,
@@ -48,6 +50,11 @@ class Adsc(Dropping):
         if self.pattern == "grid":
             self._grids(plan, arriving)
         return plan
+
+    def countable(self, arriving: TokenPlan) -> Sequence[int]:
+        if self.pattern == "grid" and arriving.grid is not None:
+            return list(even_grids(arriving.grid))
+        return super().countable(arriving)
 
     def bottlenecks(self, spec: VlmSpec, arriving: TokenPlan) -> "dict[int, Bottleneck]":
         from tokexport.exporter.modules.bottleneck import StaticGather  # planning does without torch

@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, ClassVar, Self
 
 from tokexport.errors import RecipeError
+from tokexport.exporter.budget import is_met
 from tokexport.exporter.bundled import settled
 from tokexport.exporter.method import UNTRAINED
 from tokexport.exporter.plan import TokenPlan, VlmSpec
@@ -55,6 +56,17 @@ class MetaCompress(Windowed):
         with torch.device("meta"):
             module = self.feature_stage(spec, arriving)
         return load_compressor(self.weights, module, self.trained_sizes(arriving))
+
+    def for_budget(self, spec: VlmSpec, arriving: TokenPlan, tokens: int) -> Self:
+        mean = self.plan(spec, arriving).mean_vision_tokens
+        if is_met(mean, tokens):
+            return self
+        if self.weights != UNTRAINED:
+            raise RecipeError(
+                f"[[compress]] metacompress: the weights {self.weights} are trained for {mean:g} vision tokens per "
+                f"layer, not {tokens}; train others for it with 'tokexport train metacompress'"
+            )
+        return super().for_budget(spec, arriving, tokens)
 
     def settled(self) -> Self:
         return self if self.weights == UNTRAINED else replace(self, weights=settled(self.weights))
