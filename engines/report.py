@@ -5,25 +5,33 @@ not checked is said to be so, and a method that loses to its control is named at
 """
 
 import math
-import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, PackageLoader, StrictUndefined
-from markupsafe import Markup
-
 from tokexport.engines import accuracy_text
 from tokexport.engines.compare import difference_of
 from tokexport.engines.mixing import made_image
+from tokexport.engines.pages import (
+    DASH,
+    Plot,
+    change_text,
+    count_text,
+    escape_markdown,
+    flops_text,
+    ms_text,
+    number_text,
+    page_environment,
+    size_text,
+    times_text,
+    typeset,
+)
 from tokexport.engines.report_plots import GainBar, LayerRun, TimeBar, draw_gains, draw_mixing, draw_times, draw_tokens
 from tokexport.errors import BundleError
 from tokexport.exporter.bundle import Bundle
 from tokexport.exporter.plan import full_vision_tokens
-
-_DASH = "\N{EN DASH}"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,19 +91,10 @@ class Arm:
         return self.compressed and not self.is_control
 
 
-@dataclass(frozen=True, kw_only=True)
-class Plot:
-    """A drawing with its title and the line under it; what it shows in words is inside the SVG."""
-
-    title: str
-    caption: str
-    svg: Markup
-
-
 def render_markdown(documents: ReportDocuments) -> str:
     """Return the report as GitHub-flavoured Markdown."""
     # Names and notes come from outside: nothing in them may become a tag, a link or a table border.
-    environment = _environment(finalize=_escape_markdown)
+    environment = page_environment(finalize=escape_markdown)
     return environment.get_template("report.md.j2").render(_contents(documents))
 
 
@@ -104,7 +103,7 @@ def render_html(documents: ReportDocuments) -> str:
     contents = _contents(documents)
     plots = _plots(documents.plan, contents["runs"], contents["arms"])
     mixing = _mixing_plot(documents.mixing) if documents.mixing else None
-    return _environment(autoescape=True).get_template("report.html.j2").render(contents, plots=plots, mixing=mixing)
+    return page_environment(autoescape=True).get_template("report.html.j2").render(contents, plots=plots, mixing=mixing)
 
 
 def write_reports(bundle: Bundle) -> tuple[Path, Path]:
@@ -128,28 +127,6 @@ def write_reports(bundle: Bundle) -> tuple[Path, Path]:
     return markdown, bundle.write_report("report.html", render_html(documents))
 
 
-def _environment(**settings: Any) -> Environment:
-    environment = Environment(
-        loader=PackageLoader("tokexport.engines"),
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        keep_trailing_newline=True,
-        **settings,
-    )
-    environment.filters |= {
-        "ms": _ms,
-        "size": _size,
-        "times": _times,
-        "percent": _percent,
-        "count": _count,
-        "number": _number,
-        "cosine": _cosine,
-        "typeset": _typeset,
-    }
-    return environment
-
-
 def _contents(documents: ReportDocuments) -> dict[str, Any]:
     """Return what the templates lay out, by the names that they use."""
     plan, verify, bench, accuracy = documents.plan, documents.verify, documents.bench, documents.accuracy
@@ -159,9 +136,9 @@ def _contents(documents: ReportDocuments) -> dict[str, Any]:
     gates = [{"meaning": "", "bound": _bound(gate)} | gate for gate in bench.get("gates", ())] if bench else []
     return {
         "name": documents.name,
-        "checkpoint": str(plan.get("checkpoint", _DASH)),
-        "dtype": str(plan.get("dtype", _DASH)),
-        "kept": f"{full} -> {_count(mean)} tokens per layer ({100 * mean / full:.3g} %)",
+        "checkpoint": str(plan.get("checkpoint", DASH)),
+        "dtype": str(plan.get("dtype", DASH)),
+        "kept": f"{full} -> {count_text(mean)} tokens per layer ({100 * mean / full:.3g} %)",
         "kept_share": mean / full,
         "headlines": [
             *_planned_headlines(plan),
@@ -185,25 +162,25 @@ def _contents(documents: ReportDocuments) -> dict[str, Any]:
 def _planned_headlines(plan: Mapping[str, Any]) -> Iterable[Headline]:
     prompt = plan.get("prompt_tokens", {})
     text = f" with {prompt['text']} text tokens" if "text" in prompt else ""
-    for label, key, scale in (("Prefill FLOPs", "flops", _flops), ("KV cache", "kv_bytes", _size)):
+    for label, key, scale in (("Prefill FLOPs", "flops", flops_text), ("KV cache", "kv_bytes", size_text)):
         sizes = plan[key]
         detail = f"{scale(sizes['full'])} -> {scale(sizes['compressed'])}{text}"
-        yield Headline(label=label, value=_change(sizes["reduction"]), detail=detail)
+        yield Headline(label=label, value=change_text(sizes["reduction"]), detail=detail)
 
 
 def _speed_headline(plan: Mapping[str, Any], bench: Mapping[str, Any] | None, arms: Iterable[Arm]) -> Headline:
     label = "First token, speed-up"
     if bench is None:
         predicted = plan.get("predicted_prefill_speedup")
-        detail = f"prefill predicted {_times(predicted)}; measure it with tokexport bench"
+        detail = f"prefill predicted {times_text(predicted)}; measure it with tokexport bench"
         return Headline(label=label, value="not measured", detail=detail, tone="absent")
     gains = bench["speedup"]
     gain = gains["ttft"]
-    detail = f"prefill {_times(gains['prefill'])} measured, {_times(gains['predicted_prefill'])} predicted"
+    detail = f"prefill {times_text(gains['prefill'])} measured, {times_text(gains['predicted_prefill'])} predicted"
     tone = "plain" if any(arm.remark for arm in arms) else "good"
     if gain is None or gain < 1:
         tone = "bad"
-    return Headline(label=label, value=_times(gain), detail=detail, tone=tone)
+    return Headline(label=label, value=times_text(gain), detail=detail, tone=tone)
 
 
 def _parity_headline(verify: Mapping[str, Any] | None) -> Headline:
@@ -232,22 +209,22 @@ def _findings(
         yield f"Parity failed: {names}. The artefact does not compute what the reference computes."
     for gate in gates:
         if not gate["passed"]:
-            yield f"Gate {gate['name']} missed: {_number(gate['value'])}, wanted {gate['bound']}."
+            yield f"Gate {gate['name']} missed: {number_text(gate['value'])}, wanted {gate['bound']}."
     yield from (f"{arm.label} is {arm.remark}." for arm in arms if arm.is_method and arm.remark)
 
 
 def _costs(plan: Mapping[str, Any]) -> Iterable[tuple[str, str, str, str]]:
     """Yield the name of each size, with all tokens, compressed, and the change."""
     rows: tuple[tuple[str, str, Callable[[Any], str]], ...] = (
-        ("Tokens entering the language model", "prompt_tokens", _count),
-        ("Prefill FLOPs", "flops", _flops),
-        ("KV cache", "kv_bytes", _size),
-        ("KV cache, vision part", "kv_bytes_vision", _size),
+        ("Tokens entering the language model", "prompt_tokens", count_text),
+        ("Prefill FLOPs", "flops", flops_text),
+        ("KV cache", "kv_bytes", size_text),
+        ("KV cache, vision part", "kv_bytes_vision", size_text),
     )
     for name, key, scale in rows:
         if sizes := plan.get(key):
             full, compressed = sizes["full"], sizes["compressed"]
-            yield name, scale(full), scale(compressed), _change(1 - compressed / full if full else 0.0)
+            yield name, scale(full), scale(compressed), change_text(1 - compressed / full if full else 0.0)
 
 
 def _runs(per_layer: Iterable[int]) -> Iterable[LayerRun]:
@@ -317,7 +294,7 @@ def _pairs(arms: Sequence[Arm]) -> Iterable[tuple[str, Arm | None, Arm | None]]:
 
 
 def _bound(gate: Mapping[str, Any]) -> str:
-    return f"{'at most' if gate.get('is_upper') else 'at least'} {_number(gate['bar'])}"
+    return f"{'at most' if gate.get('is_upper') else 'at least'} {number_text(gate['bar'])}"
 
 
 def _ladder(verify: Mapping[str, Any]) -> dict[str, list[dict[str, Any]]]:
@@ -366,16 +343,16 @@ def _tokens_plot(runs: Sequence[LayerRun], full: int) -> Plot:
     mean = sum(run.tokens * (run.last + 1 - run.first) for run in runs) / num_layers
     return Plot(
         title=title,
-        caption=f"On average {_count(mean)} of {full} tokens in each of {num_layers} layers.",
+        caption=f"On average {count_text(mean)} of {full} tokens in each of {num_layers} layers.",
         svg=draw_tokens(title, f"{title}, of {full} without compression. {alt}.", runs, full),
     )
 
 
 def _time_plot(arms: Sequence[Arm]) -> Plot:
     title = "Where the time to the first token goes"
-    alt = "; ".join(f"{arm.label}: vision {_ms(arm.vision)} ms, prefill {_ms(arm.prefill)} ms" for arm in arms)
+    alt = "; ".join(f"{arm.label}: vision {ms_text(arm.vision)} ms, prefill {ms_text(arm.prefill)} ms" for arm in arms)
     bars = [
-        TimeBar(label=arm.label, text=f"{_ms(arm.vision + arm.prefill)} ms", vision=arm.vision, prefill=arm.prefill)
+        TimeBar(label=arm.label, text=f"{ms_text(arm.vision + arm.prefill)} ms", vision=arm.vision, prefill=arm.prefill)
         for arm in arms
     ]
     return Plot(
@@ -390,7 +367,7 @@ def _gain_plot(arms: Sequence[Arm]) -> Plot:
     bars = [
         GainBar(
             label=arm.label,
-            text=_typeset(_times(arm.prefill_gain)),
+            text=typeset(times_text(arm.prefill_gain)),
             measured=arm.prefill_gain,
             predicted=arm.predicted,
             is_control=arm.is_control,
@@ -398,7 +375,9 @@ def _gain_plot(arms: Sequence[Arm]) -> Plot:
         for arm in arms
         if arm.prefill_gain
     ]
-    alt = "; ".join(f"{bar.label}: measured {_times(bar.measured)}, predicted {_times(bar.predicted)}" for bar in bars)
+    alt = "; ".join(
+        f"{bar.label}: measured {times_text(bar.measured)}, predicted {times_text(bar.predicted)}" for bar in bars
+    )
     return Plot(
         title=title,
         caption="The prediction counts FLOPs only; the dashed line is no gain.",
@@ -426,60 +405,5 @@ def _ratio(value: float | None, to: float | None) -> float | None:
     return value / to if value is not None and to else None
 
 
-def _ms(value: float | None) -> str:
-    if value is None:
-        return _DASH
-    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
-
-
-def _size(num_bytes: float | None) -> str:
-    if num_bytes is None:
-        return _DASH
-    return f"{num_bytes / 1e9:.2f} GB" if num_bytes >= 1e9 else f"{num_bytes / 1e6:.1f} MB"
-
-
-def _flops(value: float) -> str:
-    return f"{value / 1e12:.3g} TFLOP" if value >= 1e12 else f"{value / 1e9:.3g} GFLOP"
-
-
-def _percent(share: float | None) -> str:
-    if share is None:
-        return _DASH
-    return f"{100 * share:,.0f} %" if share >= 1 else f"{100 * share:.3g} %"
-
-
-def _times(value: float | None) -> str:
-    return _DASH if value is None else f"{value:.2f}x"
-
-
-def _change(reduction: float) -> str:
-    return "0 %" if abs(reduction) < 5e-4 else f"{-100 * reduction:+.1f} %"
-
-
-def _count(value: float | None) -> str:
-    return _DASH if value is None else f"{value:.1f}".removesuffix(".0")
-
-
-def _number(value: float | None) -> str:
-    if value is None:
-        return _DASH
-    return f"{value:.2e}" if 0 < abs(value) < 1e-3 else f"{value:.4g}"
-
-
-def _cosine(value: float | None) -> str:
-    return _DASH if value is None else f"{value:.7f}"
-
-
 def _text(value: object) -> str:
     return ", ".join(map(str, value)) if isinstance(value, list) else str(value)
-
-
-def _escape_markdown(value: object) -> object:
-    return re.sub(r"([\\`*\[\]<|])", r"\\\1", " ".join(value.splitlines())) if isinstance(value, str) else value
-
-
-def _typeset(text: str) -> str:
-    """Give formatted figures their typographic signs and keep a figure and its unit on one line."""
-    text = re.sub(r"(\d)x(?!\w)", "\\1\N{MULTIPLICATION SIGN}", text.replace("->", "\N{RIGHTWARDS ARROW}"))
-    text = re.sub(r"(?<!\S)-(?=\d)", "\N{MINUS SIGN}", text)
-    return re.sub(r"(?<=[\d\u00d7]) (?=%|ms\b|[KMGT]B\b|[GT]FLOP\b)", "\N{NO-BREAK SPACE}", text)

@@ -1,13 +1,13 @@
-"""The plots of the report, as SVG that stands inside an HTML page and takes its colours from it."""
+"""The plots of the report of one artefact."""
 
-import io
-import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 from markupsafe import Markup
+
+from tokexport.engines.drawing import COLOURS, draw_axes, draw_figure
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -16,10 +16,6 @@ if TYPE_CHECKING:
 
 _MAX_LABEL = 28
 _MAX_LABELLED_RUNS = 12
-# Placeholders: in the SVG they become the page's CSS colours of these names, so that one drawing
-# reads well on light and on dark.
-_NAMES = ("paper", "ink", "muted", "rule", "kept", "gone", "vision", "control")
-_COLOURS = {name: f"#01020{number}" for number, name in enumerate(_NAMES)}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,8 +59,8 @@ def draw_tokens(title: str, alt: str, runs: Sequence[LayerRun], full: int) -> Ma
     def paint(axes: "Axes") -> None:
         kept = [run.tokens for run in runs for _ in range(run.first, run.last + 1)]
         gone = [full] * num_layers
-        axes.bar(range(num_layers), gone, width=0.82, color=_COLOURS["gone"], label=f"all tokens ({full})")
-        axes.bar(range(num_layers), kept, width=0.82, color=_COLOURS["kept"], label="kept")
+        axes.bar(range(num_layers), gone, width=0.82, color=COLOURS["gone"], label=f"all tokens ({full})")
+        axes.bar(range(num_layers), kept, width=0.82, color=COLOURS["kept"], label="kept")
         for run in runs if len(runs) <= _MAX_LABELLED_RUNS else ():
             middle, above = (run.first + run.last) / 2, run.tokens + 0.02 * full
             axes.text(middle, above, str(run.tokens), ha="center", weight="bold")
@@ -74,7 +70,7 @@ def draw_tokens(title: str, alt: str, runs: Sequence[LayerRun], full: int) -> Ma
         axes.locator_params(axis="x", integer=True)
         axes.grid(axis="y")
 
-    return _draw(title, alt, (12.6, 3.0), paint)
+    return draw_axes(title, alt, (12.6, 3.0), paint)
 
 
 def draw_times(title: str, alt: str, bars: Sequence[TimeBar]) -> Markup:
@@ -83,14 +79,14 @@ def draw_times(title: str, alt: str, bars: Sequence[TimeBar]) -> Markup:
     def paint(axes: "Axes") -> None:
         rows = range(len(bars))
         vision, prefill = [bar.vision for bar in bars], [bar.prefill for bar in bars]
-        axes.barh(rows, vision, height=0.62, color=_COLOURS["vision"], label="vision and projector")
-        axes.barh(rows, prefill, height=0.62, left=vision, color=_COLOURS["kept"], label="prefill")
+        axes.barh(rows, vision, height=0.62, color=COLOURS["vision"], label="vision and projector")
+        axes.barh(rows, prefill, height=0.62, left=vision, color=COLOURS["kept"], label="prefill")
         for row, bar in enumerate(bars):
             end = bar.vision + bar.prefill
             axes.annotate(bar.text, (end, row), (6, 0), textcoords="offset points", va="center")
         _label_rows(axes, [bar.label for bar in bars], "ms, shorter is better")
 
-    return _draw(title, alt, _size_for(len(bars)), paint)
+    return draw_axes(title, alt, _size_for(len(bars)), paint)
 
 
 def draw_gains(title: str, alt: str, bars: Sequence[GainBar]) -> Markup:
@@ -100,18 +96,18 @@ def draw_gains(title: str, alt: str, bars: Sequence[GainBar]) -> Markup:
         for is_control, colour, label in ((False, "kept", "measured"), (True, "control", "measured, control")):
             if rows := [row for row, bar in enumerate(bars) if bar.is_control == is_control]:
                 gains = [bars[row].measured for row in rows]
-                axes.barh(rows, gains, height=0.62, color=_COLOURS[colour], label=label)
+                axes.barh(rows, gains, height=0.62, color=COLOURS[colour], label=label)
         if predicted := [(bar.predicted, row) for row, bar in enumerate(bars) if bar.predicted is not None]:
-            colours = {"color": _COLOURS["vision"], "edgecolors": _COLOURS["ink"]}
+            colours = {"color": COLOURS["vision"], "edgecolors": COLOURS["ink"]}
             axes.scatter(*zip(*predicted, strict=True), s=50, marker="D", label="predicted", zorder=3, **colours)
         for row, bar in enumerate(bars):
             # Inside the bar: beside it, the prediction's marker would claim the figure.
             label = axes.annotate(bar.text, (bar.measured, row), (-7, 0), textcoords="offset points")
-            label.set(ha="right", va="center", color=_COLOURS["paper"], weight="bold")
-        axes.axvline(1.0, color=_COLOURS["muted"], linewidth=1.0, linestyle=(0, (4, 3)))
+            label.set(ha="right", va="center", color=COLOURS["paper"], weight="bold")
+        axes.axvline(1.0, color=COLOURS["muted"], linewidth=1.0, linestyle=(0, (4, 3)))
         _label_rows(axes, [bar.label for bar in bars], "prefill speed-up over all tokens on the same engine")
 
-    return _draw(title, alt, _size_for(len(bars)), paint)
+    return draw_axes(title, alt, _size_for(len(bars)), paint)
 
 
 def draw_mixing(
@@ -135,7 +131,7 @@ def draw_mixing(
             axes.set_yticks([])
             axes.spines[:].set_visible(False)
 
-    return _draw_figure(title, alt, (12.6, 2.4), paint)
+    return draw_figure(title, alt, (12.6, 2.4), paint)
 
 
 def _size_for(num_bars: int) -> tuple[float, float]:
@@ -150,56 +146,3 @@ def _label_rows(axes: "Axes", labels: Sequence[str], unit: str) -> None:
     axes.set_xlim(left=0)
     axes.set_xlabel(unit)
     axes.grid(axis="x")
-
-
-def _draw(title: str, alt: str, size: tuple[float, float], paint: Callable[["Axes"], None]) -> Markup:
-    """Paint into one pair of axes, ``size`` inches wide and high."""
-
-    def paint_all(figure: "Figure") -> None:
-        axes = figure.subplots()
-        axes.spines[:].set_visible(False)
-        axes.tick_params(length=0)
-        paint(axes)
-        axes.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=3, frameon=False, handlelength=1.0)
-
-    return _draw_figure(title, alt, size, paint_all)
-
-
-def _draw_figure(title: str, alt: str, size: tuple[float, float], paint: Callable[["Figure"], None]) -> Markup:
-    # Imported here: it takes half a second that the rest of the program need not wait for.
-    import matplotlib as mpl
-    from matplotlib.figure import Figure
-
-    settings: dict[Any, Any] = {
-        "svg.fonttype": "none",
-        "svg.hashsalt": title,
-        "text.parse_math": False,
-        "axes.axisbelow": True,
-        "text.color": _COLOURS["ink"],
-        "axes.labelcolor": _COLOURS["muted"],
-        "xtick.color": _COLOURS["muted"],
-        "ytick.color": _COLOURS["ink"],
-        "grid.color": _COLOURS["rule"],
-        "font.size": 10.5,
-    }
-    with mpl.rc_context(settings):
-        figure = Figure(figsize=size, layout="constrained")
-        paint(figure)
-        buffer = io.StringIO()
-        no_metadata = dict.fromkeys(("Date", "Creator", "Format", "Type"))
-        figure.savefig(buffer, format="svg", transparent=True, metadata=no_metadata)
-    return _inlined(buffer.getvalue(), title, alt)
-
-
-def _inlined(svg: str, title: str, alt: str) -> Markup:
-    """Return a drawing without what belongs to a file: prolog, namespaces, page-wide styles, common ids."""
-    drawing = svg[svg.index("<svg") :]
-    drawing = re.sub(r"<style.*?</style>", "", drawing, flags=re.DOTALL)
-    drawing = re.sub(r'<g id="[^"]*"', "<g", drawing).replace("xlink:href=", "href=")
-    for name, colour in _COLOURS.items():
-        drawing = drawing.replace(colour, f"var(--{name})")
-    view_box = re.search(r'viewBox="[^"]*"', drawing)
-    assert view_box is not None
-    head = Markup('<svg {} role="img" aria-label="{}"><title>{}</title>').format(Markup(view_box.group()), alt, title)
-    # matplotlib escaped every label that it wrote.
-    return head + Markup(drawing[drawing.index(">") + 1 :].strip())
