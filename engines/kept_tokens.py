@@ -1,0 +1,124 @@
+"""Which patches of an image stay behind each method, for pictures.
+
+A choice that is a constant stands in the graph, a mixture is computed by it for the image. A choice that the graph
+makes and tells nobody has no picture; a method of that kind gets one by an output of its graph, read here.
+
+N patches that the vision tower sees, M tokens that stay
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+
+import numpy as np
+import onnx_ir as ir
+from numpy.typing import NDArray
+from PIL import Image
+
+from tokexport.engines.prompt import PromptProcessor
+from tokexport.engines.taps import vision_taps
+from tokexport.exporter.bundle import Bundle
+from tokexport.exporter.graph_io import GraphName, bottleneck_name, stage_name
+from tokexport.exporter.method import Method, arriving_plans, load_methods
+from tokexport.exporter.plan import TokenPlan
+
+Floats = NDArray[np.float64]
+
+
+@dataclass(frozen=True, kw_only=True)
+class KeptStage:
+    """What is left behind one place where tokens go.
+
+    Attributes:
+        where: in words, e.g. ``from layer 3 on``.
+        kept: how many tokens.
+        weight_N: how much of each patch is in them: 1 where a token stays, 0 where it goes; of a mixture the sum of its
+            shares in all that stay.
+    """
+
+    where: str
+    kept: int
+    weight_N: Floats
+
+
+@dataclass(frozen=True, kw_only=True)
+class KeptTokens:
+    """What stays of one image.
+
+    Attributes:
+        grid: rows and columns of the patches that the tower sees.
+        stages: one for each place where tokens go, as far as they can be seen.
+        hidden: why what comes behind them cannot be seen, empty where all can.
+    """
+
+    grid: tuple[int, int]
+    stages: tuple[KeptStage, ...]
+    hidden: str = ""
+
+
+def kept_tokens(bundle: Bundle, image: Image.Image, *, threads: int | None = None) -> KeptTokens:
+    """Return which patches of an image stay behind each method of an artefact.
+
+    Args:
+        bundle: the artefact.
+        image: what is asked about; only a mixture looks at it.
+        threads: CPU threads, None for as many as there are cores.
+
+    Raises:
+        ParityError: the graph of a mixture is not one of tokexport's.
+    """
+    methods = load_methods(bundle.recipe.compress)
+    plans = arriving_plans(methods, bundle.spec)
+    grid = bundle.spec.vision_grid
+    for method, arriving in zip(methods, plans, strict=False):
+        grid = method.tower_grid(bundle.spec, arriving) or grid
+    share_MN = np.eye(grid[0] * grid[1])
+    stages = [_stage("a smaller image", share_MN)] if grid != bundle.spec.vision_grid else []
+    for where, method, step in _steps(methods, plans, bundle, image, threads):
+        if step is None:
+            hidden = f"the graph does not give out what {method} keeps of an image"
+            return KeptTokens(grid=grid, stages=tuple(stages), hidden=hidden)
+        share_MN = share_MN[step] if step.ndim == 1 else step @ share_MN
+        stages.append(_stage(where, share_MN))
+    return KeptTokens(grid=grid, stages=tuple(stages))
+
+
+def _steps(
+    methods: Sequence[Method], plans: Sequence[TokenPlan], bundle: Bundle, image: Image.Image, threads: int | None
+) -> Iterator[tuple[str, str, NDArray[np.int64] | Floats | None]]:
+    """Yield where tokens go, by which method, and by which index (M,) or matrix (M, N), None where that is unknown."""
+    for method, (arriving, leaving) in zip(methods, pairwise(plans), strict=True):
+        if arriving.emitted == leaving.emitted and arriving.entering_llm != leaving.entering_llm:
+            stage = stage_name(method.name)
+            step = _matrix(bundle, f"{stage}.matrix", image, threads) if method.is_mixing else None
+            if step is None:
+                step = _index(bundle, "vision_encoder", stage)
+            yield "before the language model", method.name, step
+    method_at = {
+        layer: method.name
+        for method, (arriving, leaving) in zip(methods, pairwise(plans), strict=True)
+        for layer in _drops(leaving) - _drops(arriving)
+    }
+    for layer, name in sorted(method_at.items()):
+        yield f"from layer {layer} on", name, _index(bundle, "decoder_model_merged", bottleneck_name(layer))
+
+
+def _matrix(bundle: Bundle, module: str, image: Image.Image, threads: int | None) -> Floats:
+    pixel_values = PromptProcessor(bundle.path).pixels([image])
+    return vision_taps(bundle, pixel_values, [module], threads=threads)[module][0].astype(np.float64)
+
+
+def _index(bundle: Bundle, graph: GraphName, module: str) -> NDArray[np.int64] | None:
+    """Return which of the tokens that arrive at a module it keeps, None where that is no constant of the graph."""
+    stored = ir.load(bundle.graph_path(graph)).graph.initializers.get(f"{module}.index_M")
+    return None if stored is None or stored.const_value is None else stored.const_value.numpy()
+
+
+def _drops(plan: TokenPlan) -> set[int]:
+    """Return the layers before which tokens go."""
+    counts = (plan.entering_llm, *plan.per_layer)
+    return {layer for layer, (before, after) in enumerate(pairwise(counts)) if before != after}
+
+
+def _stage(where: str, share_MN: Floats) -> KeptStage:
+    return KeptStage(where=where, kept=len(share_MN), weight_N=share_MN.sum(0))

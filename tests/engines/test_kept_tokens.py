@@ -1,0 +1,75 @@
+"""Which of 4 x 4 patches stay, for every kind of choice."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import adsc, recipe_for
+from tokexport.engines.kept_tokens import KeptTokens, kept_tokens
+from tokexport.engines.mixing import made_image
+from tokexport.exporter.bundle import Bundle
+from tokexport.recipes.schema import Recipe
+
+See = Callable[..., KeptTokens]
+
+
+@pytest.fixture
+def see(checkpoint: Path, exported: Callable[[Recipe], Bundle]) -> See:
+    def kept(*steps: dict[str, object]) -> KeptTokens:
+        return kept_tokens(exported(recipe_for(checkpoint, *steps)), made_image(), threads=1)
+
+    return kept
+
+
+def places(found: KeptTokens) -> list[tuple[str, list[int]]]:
+    return [(stage.where, [at for at, weight in enumerate(stage.weight_N) if weight]) for stage in found.stages]
+
+
+def test_a_constant_choice_before_the_language_model(see: See):
+    found = see({"method": "sample", "keep": 4, "phase": 0.0})
+    assert places(found) == [("before the language model", [0, 4, 8, 12])]
+    assert (found.grid, found.hidden) == ((4, 4), "")
+
+
+def test_bottlenecks_thin_what_the_one_before_left(see: See):
+    assert places(see(adsc())) == [("from layer 1 on", [0, 2, 4, 6, 8, 10, 12, 14]), ("from layer 3 on", [0, 4, 8, 12])]
+
+
+def test_a_mixture_takes_from_every_patch_as_much_as_stays(see: See):
+    found = see({"method": "metacompress", "keep": 6, "width": 8, "weights": "untrained"})
+    (stage,) = found.stages
+    assert stage.kept == 6
+    assert sum(stage.weight_N) == pytest.approx(6, abs=1e-4)
+    assert min(stage.weight_N) > 0
+
+
+def test_of_a_smaller_image_every_patch_stays(see: See):
+    found = see({"method": "resize", "keep": 4})
+    assert found.grid == (2, 2)
+    assert places(found) == [("a smaller image", [0, 1, 2, 3])]
+
+
+def test_without_compression_nothing_goes(see: See):
+    assert see() == KeptTokens(grid=(4, 4), stages=())
+
+
+@pytest.mark.parametrize(
+    ("steps", "seen", "method"),
+    [
+        ([{"method": "fastv", "layer": 1, "keep": 8}], [], "fastv"),
+        ([{"method": "divprune", "keep": 8}], [], "divprune"),
+        (
+            [{"method": "sample", "keep": 8}, {"method": "fastv", "layer": 1, "keep": 4}],
+            ["before the language model"],
+            "fastv",
+        ),
+    ],
+    ids=["by attention", "by the image", "behind a constant"],
+)
+def test_what_the_graph_does_not_tell_is_said_to_be_hidden(
+    see: See, steps: list[dict[str, object]], seen: list[str], method: str
+):
+    found = see(*steps)
+    assert [stage.where for stage in found.stages] == seen
+    assert found.hidden == f"the graph does not give out what {method} keeps of an image"
