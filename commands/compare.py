@@ -20,6 +20,13 @@ from tokexport.errors import InputError
     "--data", default="test", show_default=True, help="test, validation, train, or a JSON-lines file of dialogues."
 )
 @click.option("--dialogues", type=click.IntRange(min=1), help="How many; by default 2000 made ones, or all.")
+@click.option(
+    "--budgets",
+    metavar="TOKENS,...",
+    default=(),
+    callback=lambda _context, _option, given: _budgets(given),
+    help="Make every compressed recipe at each mean of vision tokens per layer, e.g. 192,128,64.",
+)
 @click.option("--repeats", default=9, show_default=True, type=click.IntRange(min=1), help="Measured runs of each.")
 @engine_options
 @jobs_option
@@ -29,6 +36,7 @@ def compare(
     out: Path,
     data: str,
     dialogues: int | None,
+    budgets: tuple[int, ...],
     repeats: int,
     backend: str,
     threads: int | None,
@@ -38,12 +46,13 @@ def compare(
 ) -> None:
     """Build, evaluate and measure RECIPES: names, TOML files, or folders of them.
 
-    One of them must be without compression; the others are compared with it. What is there already
-    is used again, so an interrupted comparison goes on where it was stopped.
+    One of them must be without compression; the others are compared with it, and each with the control (sample,
+    random or resize) that keeps as many tokens. What is there already is used again, so an interrupted comparison
+    goes on where it was stopped.
     """
     from tokexport.engines.accuracy import EvalOptions
     from tokexport.engines.evaluation_data import open_dialogues
-    from tokexport.engines.recipe_comparison import TABLE, compare_recipes
+    from tokexport.engines.recipe_comparison import PAGE, TABLE, compare_recipes
     from tokexport.recipes.load import load_recipe
 
     terminal = Terminal(quiet=quiet)
@@ -55,13 +64,24 @@ def compare(
             out,
             asked,
             EvalOptions(backend=backend, threads=threads, jobs=jobs),
+            budgets=budgets,
             repeats=repeats,
             progress=terminal.step,
             tick=terminal.tick,
         )
-    terminal.show(found.markdown(), f"also in {out / TABLE}")
+    terminal.show(found.markdown(), f"also in {out / TABLE}; plots and pictures in {out / PAGE}")
     if as_json:
         click.echo(json.dumps(found.report(), indent=2, default=str))
+
+
+def _budgets(given: str | tuple[int, ...]) -> tuple[int, ...]:
+    """Return the whole numbers of a list with commas."""
+    if isinstance(given, tuple):
+        return given
+    try:
+        return tuple(int(one) for one in given.split(","))
+    except ValueError:
+        raise click.BadParameter(f"{given!r} is no list of whole numbers, e.g. 192,128,64") from None
 
 
 def _names(given: tuple[str, ...]) -> list[str]:

@@ -17,8 +17,14 @@ _NAMES = ("paper", "ink", "muted", "rule", "kept", "gone", "vision", "control")
 COLOURS = {name: f"#01020{number}" for number, name in enumerate(_NAMES)}
 
 
-def draw_axes(title: str, alt: str, size: tuple[float, float], paint: Callable[["Axes"], None]) -> Markup:
-    """Paint into one pair of axes, ``size`` inches wide and high."""
+def draw_axes(
+    title: str,
+    alt: str,
+    size: tuple[float, float],
+    paint: Callable[["Axes"], None],
+    finish: Callable[["Axes"], None] | None = None,
+) -> Markup:
+    """Paint into one pair of axes, ``size`` inches wide and high; ``finish`` what needs to know where all else lies."""
 
     def paint_all(figure: "Figure") -> None:
         axes = figure.subplots()
@@ -26,6 +32,8 @@ def draw_axes(title: str, alt: str, size: tuple[float, float], paint: Callable[[
         axes.tick_params(length=0)
         paint(axes)
         axes.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=3, frameon=False, handlelength=1.0)
+        if finish is not None:
+            finish(axes)
 
     return draw_figure(title, alt, size, paint_all)
 

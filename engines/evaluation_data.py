@@ -41,6 +41,12 @@ class DialogueSet:
     def __iter__(self) -> Iterator[Dialogue]:
         return map(self.get, range(self.size))
 
+    def turn_counts(self) -> list[int]:
+        """Return how many turns each dialogue has; made ones are not made for it."""
+        if self.is_made:
+            return [int(self.description["turns"])] * self.size
+        return [len(dialogue.turns) for dialogue in self]
+
     def room(self, processor: PromptProcessor, max_new_tokens: int) -> int:
         """Return the text tokens of the longest dialogue, the longest answers included."""
         if not self.is_made:

@@ -9,6 +9,7 @@ N patches that the vision tower sees, M tokens that stay
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import Any
 
 import numpy as np
 import onnx_ir as ir
@@ -85,13 +86,14 @@ def kept_tokens(bundle: Bundle, image: Image.Image, *, threads: int | None = Non
 
 def _steps(
     methods: Sequence[Method], plans: Sequence[TokenPlan], bundle: Bundle, image: Image.Image, threads: int | None
-) -> Iterator[tuple[str, str, NDArray[np.int64] | Floats | None]]:
+) -> Iterator[tuple[str, str, NDArray[Any] | None]]:
     """Yield where tokens go, by which method, and by which index (M,) or matrix (M, N), None where that is unknown."""
     for method, (arriving, leaving) in zip(methods, pairwise(plans), strict=True):
         if arriving.emitted == leaving.emitted and arriving.entering_llm != leaving.entering_llm:
             stage = stage_name(method.name)
-            step = _matrix(bundle, f"{stage}.matrix", image, threads) if method.is_mixing else None
-            if step is None:
+            if method.is_mixing:
+                step: NDArray[Any] | None = _matrix(bundle, f"{stage}.matrix", image, threads)
+            else:
                 step = _index(bundle, "vision_encoder", stage)
             yield "before the language model", method.name, step
     method_at = {

@@ -60,6 +60,12 @@ class PromptProcessor:
             self._processor.image_processor(images=list(images), return_tensors="np")["pixel_values"], np.float32
         )
 
+    def seen(self, image: Image.Image) -> Image.Image:
+        """Return an RGB image as the vision tower sees it, scaled and cut."""
+        settings: dict[str, Any] = {"do_normalize": False, "do_rescale": False, "return_tensors": "np"}
+        pixels_CRS = self._processor.image_processor(images=[image], **settings)["pixel_values"][0]
+        return Image.fromarray(np.asarray(pixels_CRS).clip(0, 255).astype(np.uint8).transpose(1, 2, 0))
+
     def encode(self, text: str, *, is_start: bool) -> list[int]:
         """Return token ids, ``IMAGE`` for every image token; a start gets the tokenizer's first token."""
         # Some templates write the first token themselves.

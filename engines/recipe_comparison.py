@@ -1,29 +1,45 @@
 """Recipes on one table: the accuracy of each, what it costs by plan, and what it takes by the clock."""
 
+import contextlib
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
+
+import numpy as np
+from PIL import Image
 
 from tokexport.engines.accuracy import EvalOptions, evaluate_artefact
 from tokexport.engines.backend import SessionOptions
 from tokexport.engines.bench import Arm, measure_arms
+from tokexport.engines.budget_recipes import at_budgets
 from tokexport.engines.build import build
+from tokexport.engines.comparison_page import render_comparison
+from tokexport.engines.comparison_text import comparison_markdown
 from tokexport.engines.environment import describe_environment
 from tokexport.engines.evaluate import data_sha256
 from tokexport.engines.evaluation_data import DialogueSet
+from tokexport.engines.images import as_rgb, load_image
+from tokexport.engines.intervals import Floats
+from tokexport.engines.kept_tokens import kept_tokens
+from tokexport.engines.prompt import PromptProcessor
+from tokexport.engines.verdicts import Contestant, Verdict, find_verdicts
 from tokexport.engines.worker import Workload
 from tokexport.errors import BundleError, InputError, TokexportError
-from tokexport.exporter.bundle import Bundle
+from tokexport.exporter.bundle import Bundle, write_atomically
+from tokexport.exporter.checkpoint import describe_model, fingerprint
 from tokexport.exporter.export import design
+from tokexport.exporter.method import load_methods
 from tokexport.exporter.plan import TokenPlan, plan_report
 from tokexport.recipes.load import recipe_table
-from tokexport.recipes.schema import Recipe
+from tokexport.recipes.schema import ModelTable, Recipe
 
 Progress = Callable[[str], None]
 Tick = Callable[[int, int], None]
-REPORT, TABLE = "compare.json", "compare.md"
+REPORT, TABLE, PAGE = "compare.json", "compare.md", "compare.html"
+_NUM_IMAGES = 3
+_ACCURACY = ("accuracy", "interval", "per_turn", "per_kind", "relative_to_full", "full")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,27 +48,28 @@ class RecipeComparison:
 
     Attributes:
         rows: one a recipe, in the order in which they were given.
+        verdicts: one for each compressed recipe that is no control.
         failures: the error of each recipe that could not be built or evaluated, by its name.
         settings: of the evaluation and the measurement.
     """
 
     rows: tuple[Mapping[str, Any], ...]
+    verdicts: tuple[Verdict, ...]
     failures: Mapping[str, str]
     settings: Mapping[str, Any]
 
     def report(self) -> dict[str, Any]:
         """Return what ``tokexport compare --json`` prints; its keys are a contract."""
-        return {"rows": list(self.rows), "failures": dict(self.failures), "settings": dict(self.settings)}
+        return {
+            "rows": list(self.rows),
+            "verdicts": [verdict.report() for verdict in self.verdicts],
+            "failures": dict(self.failures),
+            "settings": dict(self.settings),
+        }
 
     def markdown(self) -> str:
-        """Return the table for people."""
-        turns = range(1, 1 + max((len(row["per_turn"]) for row in self.rows), default=0))
-        heads = ["recipe", "tokens per layer", "FLOPs", "KV, vision", "first token", "accuracy", "of full"]
-        heads += [f"turn {turn}" for turn in turns]
-        lines = [_line(heads), _line(["---", *["---:"] * (len(heads) - 1)])]
-        lines += [_line(_cells(row)) for row in self.rows]
-        lines += [f"\n{name} is missing: {error}" for name, error in self.failures.items()]
-        return "\n".join(lines) + "\n"
+        """Return the tables for people."""
+        return comparison_markdown(self.report())
 
 
 def compare_recipes(
@@ -61,11 +78,12 @@ def compare_recipes(
     asked: DialogueSet,
     options: EvalOptions,
     *,
+    budgets: Sequence[int] = (),
     repeats: int = 9,
     progress: Progress = lambda _: None,
     tick: Tick = lambda _done, _total: None,
 ) -> RecipeComparison:
-    """Build, evaluate and measure recipes, and write ``compare.json`` and ``compare.md``.
+    """Build, evaluate and measure recipes, and write ``compare.json``, ``compare.md`` and ``compare.html``.
 
     What is in the folder and was made from the same recipe and weights is used again, and so are
     its evaluations on the same data. A recipe that fails does not stop the others.
@@ -75,24 +93,29 @@ def compare_recipes(
         folder: where the artefacts go.
         asked: the dialogues.
         options: of the evaluation.
+        budgets: means of vision tokens per layer, at each of which every compressed recipe is made in place of its own;
+            without any, recipes are taken as they are.
         repeats: measured runs of every artefact, in turns.
         progress: told what is being done.
         tick: told how much of it is done.
 
     Raises:
-        InputError: no recipe without compression, two of one name, or none that could be built.
+        InputError: no recipe without compression, two of one name, recipes of different models, or a budget that
+            means nothing.
     """
     full = _full(recipes)
+    _require_one_model([full, *(recipe for recipe in recipes if recipe is not full)])
+    made = at_budgets(recipes, budgets)
     # Made dialogues are known by their recipe, those of a file by what they hold.
     data = {**asked.description, **({} if asked.is_made else {"sha256": data_sha256(asked)})}
-    failures: dict[str, str] = {}
-    accuracies: dict[str, Mapping[str, Any]] = {}
+    failures = dict(made.failures)
+    answered: dict[str, Mapping[str, Any]] = {}
     arms: list[Arm] = []
-    for recipe in sorted(recipes, key=lambda recipe: recipe is not full):
+    for recipe in sorted(made.recipes, key=lambda recipe: recipe is not full):
         try:
             bundle = _artefact(recipe, folder / recipe.name, options, progress)
             compared = None if recipe is full else folder / full.name
-            accuracies[recipe.name] = _accuracy(bundle, asked, data, options, compared, progress, tick)
+            answered[recipe.name] = _answered(bundle, asked, data, options, compared, progress, tick)
         except TokexportError as error:
             if recipe is full:
                 raise
@@ -101,20 +124,32 @@ def compare_recipes(
         else:
             arms.append(Arm(bundle=bundle, engine=options.backend, method=recipe.name))
     measured = _measured(arms, options, full.plan.text_tokens, repeats, progress, tick)
-    rows = {arm.method: {**_costs(arm.bundle, full), **measured[arm.method], **accuracies[arm.method]} for arm in arms}
+    rows = {
+        arm.method: {
+            **_costs(arm.bundle, full, made.budgets.get(arm.method)),
+            **measured[arm.method],
+            **{key: answered[arm.method][key] for key in _ACCURACY},
+        }
+        for arm in arms
+    }
+    ordered = tuple(rows[recipe.name] for recipe in made.recipes if recipe.name in rows)
     found = RecipeComparison(
-        rows=tuple(rows[recipe.name] for recipe in recipes if recipe.name in rows),
+        rows=ordered,
+        verdicts=_verdicts(ordered, answered, full.name, asked),
         failures=failures,
         settings={
-            "data": dict(asked.description),
+            "data": {**data, "dialogues": asked.size},
             **options.rules(),
+            "budgets": list(budgets),
             "repeats": repeats,
             "text_tokens": full.plan.text_tokens,
             "environment": vars(describe_environment(options.threads)),
         },
     )
-    (folder / REPORT).write_text(json.dumps(found.report(), indent=2, default=str) + "\n", encoding="utf-8")
-    (folder / TABLE).write_text(found.markdown(), encoding="utf-8")
+    write_atomically(folder / REPORT, json.dumps(found.report(), indent=2, default=str) + "\n")
+    write_atomically(folder / TABLE, found.markdown())
+    progress("drawing the page")
+    write_atomically(folder / PAGE, _page(found, [arm.bundle for arm in arms], asked, options))
     return found
 
 
@@ -130,6 +165,26 @@ def _full(recipes: Sequence[Recipe]) -> Recipe:
             "are compared, e.g. mini_full"
         )
     return full[0]
+
+
+def _require_one_model(recipes: Sequence[Recipe]) -> None:
+    """Refuse recipes of different models. An adapter tunes a model to its compression and makes no other of it."""
+    names: dict[str, str] = {}
+    seen: list[ModelTable] = []
+    for recipe in recipes:
+        table = replace(recipe.model, adapter=None)
+        if table in seen:
+            continue
+        seen.append(table)
+        # A model that cannot be read fails later, by itself.
+        with contextlib.suppress(TokexportError):
+            names.setdefault(fingerprint(describe_model(table)), recipe.name)
+    if len(names) > 1:
+        first, other, *_ = names.values()
+        raise InputError(
+            f"{other} is made from another model than {first}, and accuracies of different models say nothing about "
+            "compression; give recipes of one model"
+        )
 
 
 def _artefact(recipe: Recipe, path: Path, options: EvalOptions, progress: Progress) -> Bundle:
@@ -154,7 +209,7 @@ def _artefact(recipe: Recipe, path: Path, options: EvalOptions, progress: Progre
     ).bundle
 
 
-def _accuracy(
+def _answered(
     bundle: Bundle,
     asked: DialogueSet,
     data: Mapping[str, Any],
@@ -168,7 +223,49 @@ def _accuracy(
     has_full = full is None or bool(stored.get("full"))
     if not (is_same and has_full and options.rules().items() <= stored.items()):
         stored = evaluate_artefact(bundle.path, asked, options, full=full, progress=progress, tick=tick).report()
-    return {key: stored[key] for key in ("accuracy", "interval", "per_turn", "per_kind", "relative_to_full", "full")}
+    return stored
+
+
+def _verdicts(
+    rows: Sequence[Mapping[str, Any]], answered: Mapping[str, Mapping[str, Any]], full: str, asked: DialogueSet
+) -> tuple[Verdict, ...]:
+    dialogue_Q = np.repeat(np.arange(asked.size), asked.turn_counts())
+
+    def scores_of(name: str) -> Floats | None:
+        stored = answered[name]
+        scores_Q = np.array(stored.get("scores", "").split(), np.float64)
+        # What is made on request may have been made otherwise when it was asked.
+        is_same = stored["data"]["sha256"] == answered[full]["data"]["sha256"] and scores_Q.shape == dialogue_Q.shape
+        return scores_Q if is_same else None
+
+    contestants = [
+        Contestant(
+            recipe=row["recipe"],
+            is_control=row["is_control"],
+            tokens=row["mean_vision_tokens"],
+            accuracy=row["accuracy"],
+            interval=(row["interval"][0], row["interval"][1]),
+            ttft_ms=row["ttft_ms"]["median"],
+            scores_Q=scores_of(row["recipe"]),
+        )
+        for row in rows
+        if row["compressed"]
+    ]
+    return find_verdicts(contestants, dialogue_Q)
+
+
+def _page(found: RecipeComparison, bundles: Sequence[Bundle], asked: DialogueSet, options: EvalOptions) -> str:
+    """Return the page, with what stays of the first images of the data."""
+    shown = [asked.get(number).image for number in range(min(_NUM_IMAGES, asked.size))]
+    images = [as_rgb(image, "an image") if isinstance(image, Image.Image) else load_image(image) for image in shown]
+    processor = PromptProcessor(bundles[0].path)
+    kept = {
+        bundle.recipe.name: [kept_tokens(bundle, image, threads=options.threads) for image in images]
+        for bundle in bundles
+        if bundle.recipe.compress
+    }
+    ordered = {row["recipe"]: kept[row["recipe"]] for row in found.rows if row["recipe"] in kept}
+    return render_comparison(found.report(), [processor.seen(image) for image in images], ordered)
 
 
 def _measured(
@@ -186,27 +283,15 @@ def _measured(
     return {row["method"]: {key: row[key] for key in keys} for row in rows}
 
 
-def _costs(bundle: Bundle, full: Recipe) -> dict[str, Any]:
+def _costs(bundle: Bundle, full: Recipe, budget: int | None) -> dict[str, Any]:
     planned = plan_report(bundle.spec, bundle.plan, text_tokens=full.plan.text_tokens, dtype=bundle.recipe.export.dtype)
     keys = ("mean_vision_tokens", "flops", "kv_bytes_vision", "predicted_prefill_speedup")
-    is_compressed = bundle.plan != TokenPlan.uncompressed(bundle.spec)
-    return {"recipe": bundle.recipe.name, "compressed": is_compressed, **{key: planned[key] for key in keys}}
-
-
-def _cells(row: Mapping[str, Any]) -> list[str]:
-    low, high = row["interval"]
-    spread = f" ± {50 * (high - low):.1f}" if high > low else ""
-    return [
-        row["recipe"],
-        f"{row['mean_vision_tokens']:.0f}",
-        f"{-100 * row['flops']['reduction']:+.1f} %" if row["compressed"] else "–",
-        f"{-100 * row['kv_bytes_vision']['reduction']:+.1f} %" if row["compressed"] else "–",
-        f"{row['ttft_ms']['median']:.1f} ms",
-        f"{100 * row['accuracy']:.1f}{spread} %",
-        "–" if row["relative_to_full"] is None else f"{100 * row['relative_to_full']:.1f} %",
-        *(f"{100 * turn['accuracy']:.1f}" for turn in row["per_turn"]),
-    ]
-
-
-def _line(cells: Sequence[str]) -> str:
-    return f"| {' | '.join(cells)} |"
+    methods = load_methods(bundle.recipe.compress)
+    return {
+        "recipe": bundle.recipe.name,
+        "methods": [method.name for method in methods],
+        "compressed": bundle.plan != TokenPlan.uncompressed(bundle.spec),
+        "is_control": bool(methods) and all(method.is_control for method in methods),
+        "budget": budget,
+        **{key: planned[key] for key in keys},
+    }

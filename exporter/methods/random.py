@@ -2,7 +2,7 @@
 
 import random as stdlib_random
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 from tokexport.exporter.method import Method
 from tokexport.exporter.plan import PositionPolicy, TokenPlan, VlmSpec, resolve_keep
@@ -20,6 +20,8 @@ class Random(Method):
         seed: of the choice.
         positions: ``renumber`` puts the tokens side by side, ``keep`` where they were.
     """
+
+    is_control: ClassVar[bool] = True
 
     keep: int | float
     seed: int = 0

@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import dataclass
+from typing import ClassVar
 
 from tokexport.errors import RecipeError
 from tokexport.exporter.method import Method
@@ -18,6 +19,8 @@ class Resize(Method):
     Attributes:
         keep: a token count (int), which must be a square, or a fraction (float), of which the nearest square is taken.
     """
+
+    is_control: ClassVar[bool] = True
 
     keep: int | float
 

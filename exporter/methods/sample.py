@@ -1,7 +1,7 @@
 """Uniform sampling before the language model: equidistant vision tokens, the control every method must beat."""
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 from tokexport.errors import RecipeError
 from tokexport.exporter.method import Method
@@ -20,6 +20,8 @@ class Sample(Method):
         phase: where in its stretch the kept token lies, from 0 (first) to below 1.
         positions: ``renumber`` puts the tokens side by side, ``keep`` where they were.
     """
+
+    is_control: ClassVar[bool] = True
 
     keep: int | float
     phase: float = 0.5
