@@ -16,6 +16,7 @@ import click
 
 from tokexport.commands.compare import compare
 from tokexport.commands.compile import compile_engines
+from tokexport.commands.doctor import doctor
 from tokexport.commands.options import (
     answer_options,
     engine_options,
@@ -25,6 +26,7 @@ from tokexport.commands.options import (
     recipe_options,
     source_options,
 )
+from tokexport.commands.plan import plan
 from tokexport.commands.train import train
 from tokexport.engines.terminal import Terminal
 from tokexport.errors import GateError, InputError, ParityError, TokexportError
@@ -123,36 +125,6 @@ def export(out: Path | None, overwrite: bool, as_json: bool, quiet: bool, **reci
     terminal.show(f"exported {bundle.path}; not verified")
     if as_json:
         _print_json({"path": str(bundle.path), "plan": bundle.read_report("plan.json")})
-
-
-@cli.command()
-@recipe_options
-@click.option("--text-tokens", type=click.IntRange(min=0), help="Text tokens of the prompt, by default the recipe's.")
-@click.option(
-    "--solve",
-    metavar="KIND=PART",
-    help="Propose drop schedules that keep this part of the vision KV cache (kv=0.433) or of the FLOPs (flops=0.46).",
-)
-@output_options
-def plan(text_tokens: int | None, solve: str | None, as_json: bool, quiet: bool, **recipe: Any) -> None:
-    """Say how many tokens reach each layer and what that costs, without reading weights."""
-    from tokexport.engines.tables import plan_tables, proposals_table
-    from tokexport.exporter.export import planned
-    from tokexport.exporter.solve import Budget, propose
-
-    budget = Budget.parse(solve) if solve else None
-    made, report = planned(recipe_from(**recipe), text_tokens=text_tokens)
-    terminal = Terminal(quiet=quiet)
-    terminal.show(*plan_tables(report, made.plan))
-    if budget is not None:
-        proposals = [
-            proposal.table()
-            for proposal in propose(made.model.spec, budget, text_tokens=report["prompt_tokens"]["text"])
-        ]
-        report = {**report, "proposals": proposals}
-        terminal.show(proposals_table(proposals))
-    if as_json:
-        _print_json(report)
 
 
 @cli.command()
@@ -370,26 +342,8 @@ def list_(as_json: bool, quiet: bool) -> None:
         Terminal(quiet=quiet).show(table)
 
 
-@cli.command()
-@output_options
-def doctor(as_json: bool, quiet: bool) -> None:
-    """Say what this machine can build and run, and what is missing for the rest."""
-    from tokexport.engines.doctor import examine
-    from tokexport.engines.tables import new_table
-
-    report = examine()
-    table = new_table("", "", title="environment", show_header=False)
-    for name, value in report["environment"].items():
-        parts = [f"{k} {v}" for k, v in value.items()] if isinstance(value, Mapping) else value
-        table.add_row(name, "; ".join(parts) or "none" if isinstance(parts, list | tuple) else str(parts))
-    engines = new_table("engine", "", title="engines")
-    for entry in report["engines"]:
-        engines.add_row(entry["name"], "ready" if entry["available"] else entry["reason"])
-    Terminal(quiet=quiet).show(table, engines)
-    if as_json:
-        _print_json(report)
-
-
+cli.add_command(plan)
+cli.add_command(doctor)
 cli.add_command(train)
 cli.add_command(compare)
 cli.add_command(compile_engines)
