@@ -183,12 +183,13 @@ class BundleWriter:
         """Whether an error is about writing here, and not about reading elsewhere."""
         return error.errno in _NO_ROOM or str(error.filename or "").startswith(str(self.staging))
 
-    def require_room(self, num_bytes: int) -> None:
-        """Raise ``BundleError`` if the disk has less room than ``num_bytes``."""
+    def require_room(self, num_bytes: int, contents: str = "") -> None:
+        """Raise ``BundleError`` if the disk has less room than ``num_bytes``; ``contents`` says what takes it."""
         free = shutil.disk_usage(self.staging).free
         if free < num_bytes:
+            what = f" ({contents})" if contents else ""
             raise BundleError(
-                f"{self.out} needs {num_bytes / 1e6:,.0f} MB and its disk has {free / 1e6:,.0f} MB free; "
+                f"{self.out} needs {num_bytes / 1e6:,.0f} MB{what} and its disk has {free / 1e6:,.0f} MB free; "
                 "choose another -o or make room"
             )
 

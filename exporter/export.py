@@ -7,7 +7,7 @@ and streams the weights into the files.
 import hashlib
 import math
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -35,6 +35,7 @@ from tokexport.exporter.checkpoint import (
     processor_files,
 )
 from tokexport.exporter.family import Family
+from tokexport.exporter.footprint import Footprint, footprint_of, footprint_report
 from tokexport.exporter.graph_io import (
     GRAPHS,
     METHOD_PARTS,
@@ -47,7 +48,7 @@ from tokexport.exporter.graph_io import (
 from tokexport.exporter.method import Method, arriving_plans, load_methods, tables_of
 from tokexport.exporter.modules.bottleneck import Bottleneck
 from tokexport.exporter.passes.quantize_weights import QuantizeWeights
-from tokexport.exporter.plan import DTYPE_BYTES, TokenPlan, plan_report
+from tokexport.exporter.plan import TokenPlan, plan_report
 from tokexport.exporter.quantization import quantized_layers, require_layers
 from tokexport.exporter.trace import bind_weights, trace
 from tokexport.exporter.weights import AddedWeights, Weights
@@ -95,6 +96,11 @@ class Design:
         with torch.device("meta"):
             bottlenecks = self._bottlenecks()
         return tuple(sorted(layer for layer, bottleneck in bottlenecks.items() if bottleneck.look is not None))
+
+    def footprint(self, modules: Mapping[GraphName, nn.Module]) -> Footprint:
+        """Return what the artefact takes on disk and in memory, given its modules."""
+        files = processor_files(self.model.directory)
+        return footprint_of(modules, self.recipe, self.model.spec.num_layers, files)
 
     def open_weights(self) -> Weights:
         """Open the weights of the model and of its methods.
@@ -175,17 +181,18 @@ def export(
 
     Raises:
         CheckpointError: the weights do not fit.
-        BundleError: the disk is full or not writable.
+        BundleError: the disk has too little room, which is found out first, or is not writable.
         ExportError: a graph breaks what the manifest would promise.
     """
-    progress("reading the checkpoint")
-    weights = made.open_weights()
-    num_parameters = sum(math.prod(shape) for shape in weights.shapes.values())
     with torch.device("meta"):
         modules = made.modules()
     require_layers(modules, made.recipe.quantize)
+    footprint = made.footprint(modules)
     if twin is None:
-        writer.require_room(int(num_parameters * DTYPE_BYTES[made.recipe.export.dtype] * 1.05) + (16 << 20))
+        writer.require_room(footprint.room_bytes, footprint.disk_text())
+    progress("reading the checkpoint")
+    weights = made.open_weights()
+    num_parameters = sum(math.prod(shape) for shape in weights.shapes.values())
     interfaces = made.graph_io()
     for graph in GRAPHS:
         progress(f"tracing {graph}")
@@ -219,7 +226,7 @@ def export(
             graphs={str(graph): io for graph, io in interfaces.items()},
         )
     )
-    bundle.write_report("plan.json", _plan_report(made, made.recipe.plan.text_tokens))
+    bundle.write_report("plan.json", _plan_report(made, footprint, made.recipe.plan.text_tokens))
     return bundle
 
 
@@ -231,12 +238,17 @@ def planned(recipe: Recipe, *, text_tokens: int | None = None) -> tuple[Design, 
     """
     made = design(recipe, describe=describe_for_plan)
     text_tokens = recipe.plan.text_tokens if text_tokens is None else text_tokens
-    return made, _plan_report(made, text_tokens)
+    with torch.device("meta"):
+        modules = made.modules()
+    require_layers(modules, made.recipe.quantize)
+    return made, _plan_report(made, made.footprint(modules), text_tokens)
 
 
-def _plan_report(made: Design, text_tokens: int) -> dict[str, Any]:
-    report = plan_report(made.model.spec, made.plan, text_tokens=text_tokens, dtype=made.recipe.export.dtype)
-    return {"recipe": made.recipe.name, "checkpoint": made.recipe.model.checkpoint, **report}
+def _plan_report(made: Design, footprint: Footprint, text_tokens: int) -> dict[str, Any]:
+    spec, recipe = made.model.spec, made.recipe
+    report = plan_report(spec, made.plan, text_tokens=text_tokens, dtype=recipe.export.dtype)
+    sizes = footprint_report(footprint, spec, made.plan, recipe, text_tokens)
+    return {"recipe": recipe.name, "checkpoint": recipe.model.checkpoint, **report, **sizes}
 
 
 def weight_names(graph: GraphName, module: nn.Module, family: Family) -> dict[str, str]:

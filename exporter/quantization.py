@@ -44,6 +44,12 @@ class QuantizedLayer:
         """Return what the whole numbers of the weight ``name`` are called in a graph; matrices lie transposed."""
         return f"{name}.transposed.{self.bits}" if self.kind == "matrix" else f"{name}.{self.bits}"
 
+    def stored_bytes(self, num_outputs: int, num_inputs: int) -> int:
+        """Return the bytes of whole numbers and float32 scales of a module's weight, (N, K) or (V, D)."""
+        if self.bits == "int4":
+            return ceil(num_outputs * num_inputs / 2) + 4 * ceil(num_inputs / self.block_size) * num_outputs
+        return num_outputs * num_inputs + 4 * num_outputs
+
     def round(self, weight: NDArray[np.float32]) -> "RoundedWeight":
         """Round a matrix (K, N) or a table (V, D)."""
         if self.kind == "table":
@@ -75,14 +81,19 @@ class RoundedWeight:
         return self.values * scale
 
 
-def quantized_layers(graph: GraphName, module: nn.Module, table: QuantizeTable) -> dict[str, QuantizedLayer]:
-    """Return the layers of a graph's module that are rounded, by the name of their weight."""
-    bits_of: dict[GraphName, Bits] = {
+def bits_of(graph: GraphName, table: QuantizeTable) -> Bits:
+    """Return how many bits a recipe stores the layers of a graph in."""
+    bits: dict[GraphName, Bits] = {
         "vision_encoder": table.vision_encoder,
         "embed_tokens": table.embed_tokens,
         "decoder_model_merged": table.decoder,
     }
-    bits = bits_of[graph]
+    return bits[graph]
+
+
+def quantized_layers(graph: GraphName, module: nn.Module, table: QuantizeTable) -> dict[str, QuantizedLayer]:
+    """Return the layers of a graph's module that are rounded, by the name of their weight."""
+    bits = bits_of(graph, table)
     if bits == "none":
         return {}
     kind: Kind = "table" if graph == "embed_tokens" else "matrix"
