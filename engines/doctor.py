@@ -5,6 +5,7 @@ from typing import Any
 
 from tokexport.engines.backend import list_backends, load_backend
 from tokexport.engines.environment import describe_environment
+from tokexport.engines.machine import measure_machine
 from tokexport.errors import BackendUnavailableError
 from tokexport.exporter.family import list_families, load_family
 from tokexport.exporter.method import list_methods, method_summary
@@ -21,9 +22,20 @@ def list_everything() -> dict[str, dict[str, str]]:
     }
 
 
-def examine() -> dict[str, Any]:
-    """Return the environment and, for every engine, whether it can run here and why not."""
-    return {"environment": asdict(describe_environment()), "engines": _engines()}
+def examine(precision: str = "float32") -> dict[str, Any]:
+    """Return the environment, how fast it computes in a precision, and whether and why not engines can run here."""
+    return {
+        "environment": asdict(describe_environment()),
+        "machine": _machine(precision),
+        "engines": _engines(),
+    }
+
+
+def _machine(precision: str) -> dict[str, Any]:
+    try:
+        return vars(measure_machine(precision))
+    except BackendUnavailableError as error:
+        return {"reason": str(error)}
 
 
 def _engines() -> list[dict[str, Any]]:

@@ -64,6 +64,33 @@ def test_quiet_leaves_stderr_empty(run: Run, command: list[str]):
     assert outcome.document
 
 
+def test_the_plan_says_what_it_takes_here(run: Run):
+    outcome = run("plan", "--recipe", "mini_adsc", "--json")
+    document = outcome.document
+    assert document["disk_bytes"]["graphs"].keys() == {"vision_encoder", "embed_tokens", "decoder_model_merged"}
+    # 14.6 MB of decoder, 7.2 of tower and projector, 0.4 of embeddings, and the graphs.
+    assert round(document["disk_bytes"]["total"] / 1e6, 1) == 23.5
+    assert document["fits_here"].keys() == {"disk", "memory"}
+    assert "time_bound" not in document
+    assert "the artefact on disk, in MB" in outcome.err
+
+
+def test_the_plan_for_another_machine_takes_its_figures(run: Run):
+    outcome = run("plan", "--recipe", "llava15_adsc", "--machine", "180,20", "--json")
+    bound = outcome.document["time_bound"]
+    # 3760.5 GFLOP at 180 GFLOP/s; 26.43 GB of weights and 0.3 of cache at 20 GB/s.
+    assert bound["prefill_ms"]["compressed"] == pytest.approx(20_892, rel=1e-3)
+    assert bound["decode_ms_per_token"]["compressed"] == pytest.approx(1336.5, rel=1e-3)
+    assert "fits_here" not in outcome.document
+    assert "least time, at 180 GFLOP/s and 20.0 GB/s" in " ".join(outcome.err.split())
+
+
+def test_the_plan_for_this_machine_measures_it(run: Run):
+    bound = run("plan", "--recipe", "mini_adsc", "--machine", "here", "--threads", 1, "--json").document["time_bound"]
+    assert (bound["machine"]["precision"], bound["machine"]["threads"]) == ("float32", 1)
+    assert 0 < bound["prefill_ms"]["compressed"] < bound["prefill_ms"]["full"]
+
+
 def test_a_budget_is_solved(run: Run):
     proposals = run("plan", "--recipe", "llava15_full", "--solve", "kv=0.433", "--json").document["proposals"]
     assert proposals
@@ -98,6 +125,7 @@ def test_doctor_says_which_engines_run_here(run: Run):
     assert engines["torch-eager"]["available"]
     assert all(engine["available"] or engine["reason"] for engine in engines.values())
     assert document["environment"]["cores"] >= 1
+    assert min(document["machine"]["gflops_per_s"], document["machine"]["gb_per_s"]) > 0
 
 
 # Errors that a user can act on: exit code 1 and one line
@@ -127,6 +155,8 @@ def test_doctor_says_which_engines_run_here(run: Run):
             "num_layers = 99 is more than the 8 decoder layers of mini; choose a smaller number",
         ),
         (["--model", "nowhere"], "there is no model directory nowhere; give a directory, a hub id like"),
+        (["--machine", "fast"], "the machine fast must be 'here', or GFLOP/s and GB/s as 'tokexport doctor' prints"),
+        (["--machine", "here", "--dtype", "bfloat16"], "backend 'ort' does not run graphs in bfloat16, only in"),
         (["--solve", "kv"], "the budget kv must be a part between 0 and 1, e.g. kv=0.433"),
         (["--solve", "flop=0.5"], "a budget of 'flop' is not known; did you mean 'flops'?"),
         (["--solve", "kv=0.001"], "no schedule of up to 3 halvings keeps only kv = 0.001; the least is kv = "),
@@ -212,6 +242,7 @@ def test_a_prompt_longer_than_the_cache_is_refused_with_its_length(run: Run, art
         ["biuld"],
         ["plan", "--recipes", "x"],
         ["plan", "--text-tokens", "-1"],
+        ["plan", "--threads", "1"],
         ["plan", "--weights", "zero"],
         ["plan", "--num-layers", "0"],
         ["build", "--dtype", "float8"],
