@@ -67,6 +67,7 @@ def build(
 ) -> None:
     """Export a recipe, verify it, measure it: one artefact."""
     from tokexport.engines.build import build as build_artefact
+    from tokexport.engines.cost_tables import foretold_table
     from tokexport.engines.tables import bench_tables, plan_tables, verify_table
 
     loaded, terminal = recipe_from(**recipe), Terminal(quiet=quiet)
@@ -91,7 +92,7 @@ def build(
     if verified:
         terminal.show(verify_table(verified))
     if measured:
-        terminal.show(*bench_tables(measured))
+        terminal.show(*bench_tables(measured), foretold_table(measured))
     terminal.show(f"built {built.bundle.path}", f"  ask it:  tokexport run {place} --image FILE --prompt TEXT")
     if as_json:
         _print_json(
@@ -178,12 +179,13 @@ def verify(artefact: Path, as_json: bool, quiet: bool, **options: Any) -> None:
 def bench(artefact: Path, gate: bool, as_json: bool, quiet: bool, **options: Any) -> None:
     """Measure {PyTorch, engine} x {all tokens, compressed} beside the plan's prediction."""
     from tokexport.engines.bench import bench_artefact
+    from tokexport.engines.cost_tables import foretold_table
     from tokexport.engines.tables import bench_tables
 
     terminal = Terminal(quiet=quiet)
     with terminal.working():
         report = bench_artefact(artefact, progress=terminal.step, tick=terminal.tick, **options).report()
-    terminal.show(*bench_tables(report))
+    terminal.show(*bench_tables(report), foretold_table(report))
     if as_json:
         _print_json(report)
     missed = [

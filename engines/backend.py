@@ -188,6 +188,9 @@ class Backend(ABC):
     is_compressed = True
     """Whether sessions compute with the artefact's plan, or always with all tokens."""
 
+    is_foretold = False
+    """Whether a plan's memory and least times are for it, which are for ONNX Runtime on the CPU."""
+
     dtypes: tuple[str, ...] = ("float32", "float16", "bfloat16")
     """Precisions of graphs that it runs."""
 

@@ -6,7 +6,7 @@ and one that counts. Figures are medians.
 
 import contextlib
 from collections.abc import Callable, Generator, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ import numpy as np
 
 from tokexport.engines.backend import AS_BUILT, SessionOptions, Source, load_backend
 from tokexport.engines.environment import describe_environment
+from tokexport.engines.foretold import foretold_and_measured
 from tokexport.engines.method_cost import measure_methods, method_contents
 from tokexport.engines.report import write_reports
 from tokexport.engines.source import source_design
@@ -74,6 +75,7 @@ class Bench:
     workload: Mapping[str, Any]
     environment: Mapping[str, Any]
     methods: Sequence[Mapping[str, Any]] = ()
+    foretold: Mapping[str, Any] = field(default_factory=dict)
 
     def report(self) -> dict[str, Any]:
         """Return what ``tokexport bench --json`` prints; its keys are a contract."""
@@ -84,6 +86,7 @@ class Bench:
             "workload": dict(self.workload),
             "environment": dict(self.environment),
             "methods": list(self.methods),
+            "foretold": dict(self.foretold),
         }
 
 
@@ -128,6 +131,8 @@ def bench(
         rows = measure_arms(arms, options, workload, repeats, progress, tick)
     progress("measuring the method alone")
     methods = _method_costs(bundle, rows, options.threads, repeats)
+    progress("measuring this machine")
+    foretold = foretold_and_measured(bundle, made, _measured(rows), workload, threads=options.threads)
     speedup = _speedup(rows)
     return Bench(
         rows=rows,
@@ -136,6 +141,7 @@ def bench(
         workload={**asdict(workload), "repeats": repeats, "batch": 1},
         environment=asdict(describe_environment(options.threads)),
         methods=methods,
+        foretold=foretold,
     )
 
 
@@ -280,6 +286,7 @@ def _row(arm: Arm, timings: Sequence[Timing], footprint: Footprint, workload: Wo
         ),
         "peak_rss_bytes": footprint.peak_rss_bytes,
         "device_bytes": footprint.device_bytes,
+        "baseline_rss_bytes": footprint.baseline_rss_bytes,
         "predicted_prefill": prefill_flops(spec, full, text) / prefill_flops(spec, plan, text),
     }
 

@@ -11,7 +11,7 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-from tokexport.engines import accuracy_text
+from tokexport.engines import accuracy_text, cost_text
 from tokexport.engines.compare import difference_of
 from tokexport.engines.mixing import made_image
 from tokexport.engines.pages import (
@@ -152,6 +152,8 @@ def _contents(documents: ReportDocuments) -> dict[str, Any]:
         "arms": arms,
         "pairs": list(_pairs(arms)),
         "gates": gates,
+        "foretold": list(cost_text.foretold_rows(bench)) if bench else [],
+        "foretold_remark": cost_text.foretold_remark(bench) if bench else "",
         "answered": list(accuracy_text.figure_rows(accuracy)) if accuracy else [],
         "accuracy_remarks": list(accuracy_text.remarks(accuracy)) if accuracy else [],
         "ladder": _ladder(verify) if verify else {},

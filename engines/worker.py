@@ -54,14 +54,19 @@ class Timing:
 
 @dataclass(frozen=True, kw_only=True)
 class Footprint:
-    """Bytes of the cache and the most memory that the process ever held.
+    """Bytes of the cache, and of memory that the process held.
 
-    ``device_bytes`` are what opening and running took of the GPU's memory, None without one. Libraries keep what they
-    once took there, so it is the peak; whoever else uses the GPU at the same time is counted too.
+    Attributes:
+        kv_bytes: of the cache.
+        peak_rss_bytes: the most that it ever held.
+        baseline_rss_bytes: with the engine's libraries loaded and nothing opened.
+        device_bytes: that opening and running took of the GPU's memory, None without one. Libraries keep what they
+            once took there, so it is the peak; whoever else uses the GPU at the same time is counted too.
     """
 
     kv_bytes: int
     peak_rss_bytes: int
+    baseline_rss_bytes: int
     device_bytes: int | None = None
 
 
@@ -169,6 +174,7 @@ def _serve(connection: Connection, path: Path, backend: str, options: SessionOpt
     try:
         engine = load_backend(backend)
         before = _device_bytes(engine)
+        baseline = _peak_rss_bytes()
         session = engine.open(Bundle.open(path), options)
         connection.send("ready")
         while True:
@@ -184,6 +190,7 @@ def _serve(connection: Connection, path: Path, backend: str, options: SessionOpt
                         kv_bytes=session.kv_bytes,
                         peak_rss_bytes=_peak_rss_bytes(),
                         device_bytes=None if before is None or held is None else held - before,
+                        baseline_rss_bytes=baseline,
                     )
                 )
     except (EOFError, BrokenPipeError):

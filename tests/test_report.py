@@ -342,6 +342,14 @@ def test_a_missed_gate_is_named_at_the_top():
     assert "| bytes | 8 | at most 0 | **MISSED** | off the plan |" in markdown
 
 
+def test_what_the_plan_foretold_is_printed_beside_what_was_measured():
+    figure = {"name": "disk_bytes", "foretold": 2_000_000, "measured": 2_010_000, "measured_of_foretold": 1.005}
+    measured = bench(row("full", 250.0), row("adsc", 150.0), foretold={"figures": [figure], "machine": None})
+    assert "| artefact on disk | 2.0 MB | 2.0 MB | +0.50 % |" in render_markdown(documents(bench=measured))
+    assert "artefact on disk" in text_of(render_html(documents(bench=measured)))
+    assert "foretold" not in render_markdown(documents())
+
+
 def test_the_environment_is_printed():
     text = text_of(render_html(documents()))
     for fact in ("A fast one", "torch 2.13.0", "backend ort"):

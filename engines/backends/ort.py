@@ -13,6 +13,8 @@ class Ort(Rewriter):
 
     runtime = "ONNX Runtime"
 
+    is_foretold = True
+
     dtypes = CPU_DTYPES
 
     def decoder_graph(self, bundle: Bundle) -> bytes:

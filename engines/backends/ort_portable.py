@@ -13,6 +13,8 @@ class OrtPortable(Backend):
 
     runtime = "ONNX Runtime, portable graphs"
 
+    is_foretold = True
+
     dtypes = CPU_DTYPES
 
     def open(self, bundle: Bundle, options: SessionOptions) -> OrtSession:

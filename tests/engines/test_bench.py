@@ -111,6 +111,14 @@ def test_speedups_compare_the_engine_with_itself_on_all_tokens(measured: dict[st
     assert measured["speedup"]["predicted_prefill"] == after["predicted_prefill"]
 
 
+def test_the_plan_is_compared_with_the_artefact_in_its_engine(measured: dict[str, Any]):
+    figures = {figure["name"]: figure for figure in measured["foretold"]["figures"]}
+    row = row_of(measured, "ort", "adsc")
+    for name in ("peak_rss_bytes", "prefill_ms", "decode_ms_per_token"):
+        assert figures[name]["measured"] == row[name]
+    assert 0 < figures["peak_rss_bytes"]["terms"]["interpreter"] < row["peak_rss_bytes"]
+
+
 def test_only_rows_with_fewer_tokens_are_called_compressed(measured: dict[str, Any]):
     assert [row["compressed"] for row in measured["rows"]] == [False, False, True, True, True, True]
 
