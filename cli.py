@@ -174,18 +174,19 @@ def verify(artefact: Path, as_json: bool, quiet: bool, **options: Any) -> None:
     show_default=True,
     help="Method to compare with at the same number of tokens.",
 )
+@click.option("--profile", "with_profile", is_flag=True, help="Say where the time goes, by kind of operator.")
 @click.option("--gate", is_flag=True, help="Exit with code 4 if a figure misses its bar.")
 @output_options
 def bench(artefact: Path, gate: bool, as_json: bool, quiet: bool, **options: Any) -> None:
     """Measure {PyTorch, engine} x {all tokens, compressed} beside the plan's prediction."""
     from tokexport.engines.bench import bench_artefact
-    from tokexport.engines.cost_tables import foretold_table
+    from tokexport.engines.cost_tables import foretold_table, profile_tables
     from tokexport.engines.tables import bench_tables
 
     terminal = Terminal(quiet=quiet)
     with terminal.working():
         report = bench_artefact(artefact, progress=terminal.step, tick=terminal.tick, **options).report()
-    terminal.show(*bench_tables(report), foretold_table(report))
+    terminal.show(*bench_tables(report), foretold_table(report), *profile_tables(report))
     if as_json:
         _print_json(report)
     missed = [

@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from tokexport.engines import backends
 from tokexport.errors import BackendUnavailableError, InputError
 from tokexport.exporter.bundle import Bundle
+from tokexport.exporter.graph_io import GraphName
 from tokexport.exporter.plan import DTYPE_BYTES, TokenPlan, VlmSpec
 from tokexport.exporter.registry import list_plugins, load_plugin
 
@@ -58,12 +59,14 @@ class SessionOptions:
         max_images: images that it has room for.
         threads: CPU threads, None for as many as there are cores.
         source: for engines that run from the checkpoint instead of from the graphs.
+        profile: the folder in which an engine that can do so writes how long each kernel takes.
     """
 
     max_text_tokens: int
     max_images: int
     threads: int | None = None
     source: Source = AS_BUILT
+    profile: Path | None = None
 
     def __post_init__(self) -> None:
         for name, value, least in (("max-text-tokens", self.max_text_tokens, 1), ("max-images", self.max_images, 0)):
@@ -169,6 +172,10 @@ class Session(ABC):
     def kv_bytes(self) -> int:
         """Bytes that the cache holds in memory now."""
 
+    def end_profile(self) -> Mapping[GraphName, Path]:
+        """End profiling and return the file written for each graph; see ``Backend.is_profiled``."""
+        raise NotImplementedError
+
     def reset(self) -> None:  # noqa: B027 - most caches are overwritten, not cleared
         """Forget the conversation."""
 
@@ -190,6 +197,9 @@ class Backend(ABC):
 
     is_foretold = False
     """Whether a plan's memory and least times are for it, which are for ONNX Runtime on the CPU."""
+
+    is_profiled = False
+    """Whether its sessions write a profile of ONNX Runtime."""
 
     dtypes: tuple[str, ...] = ("float32", "float16", "bfloat16")
     """Precisions of graphs that it runs."""

@@ -16,6 +16,7 @@ from tokexport.engines.backend import AS_BUILT, SessionOptions, Source, load_bac
 from tokexport.engines.environment import describe_environment
 from tokexport.engines.foretold import foretold_and_measured
 from tokexport.engines.method_cost import measure_methods, method_contents
+from tokexport.engines.profile import profile, require_profile
 from tokexport.engines.report import write_reports
 from tokexport.engines.source import source_design
 from tokexport.engines.worker import EngineProcess, Footprint, Timing, Workload
@@ -76,6 +77,7 @@ class Bench:
     environment: Mapping[str, Any]
     methods: Sequence[Mapping[str, Any]] = ()
     foretold: Mapping[str, Any] = field(default_factory=dict)
+    profile: Mapping[str, Any] | None = None
 
     def report(self) -> dict[str, Any]:
         """Return what ``tokexport bench --json`` prints; its keys are a contract."""
@@ -87,6 +89,7 @@ class Bench:
             "environment": dict(self.environment),
             "methods": list(self.methods),
             "foretold": dict(self.foretold),
+            **({"profile": dict(self.profile)} if self.profile else {}),
         }
 
 
@@ -99,6 +102,7 @@ def bench(
     new_tokens: int = 16,
     repeats: int = 7,
     controls: Sequence[str] = ("sample", "random"),
+    with_profile: bool = False,
     progress: Progress = lambda _: None,
     tick: Callable[[int, int], None] = lambda _done, _total: None,
 ) -> Bench:
@@ -112,12 +116,14 @@ def bench(
         new_tokens: of the answer.
         repeats: measured runs of every arm, after two that are not counted.
         controls: methods whose ``keep`` takes a fraction.
+        with_profile: say where the time of the artefact goes in its engine.
         progress: told what is being done.
         tick: told how many of all runs are done.
 
     Raises:
         CheckpointError: the checkpoint that the artefact was made from is not at hand.
         InputError: a number that cannot be measured with.
+        BackendUnavailableError: the engine cannot be measured, or writes no profile.
     """
     _at_least("repeats", repeats, 1)
     _at_least("new-tokens", new_tokens, 1)
@@ -126,6 +132,8 @@ def bench(
     workload = Workload(text_tokens=text_tokens, new_tokens=new_tokens)
     made = source_design(bundle, options.source)
     _require_measurable(engine, made, workload, controls)
+    if with_profile:
+        require_profile(engine)
     options = replace(options, max_text_tokens=text_tokens + new_tokens, max_images=1)
     with _arms(bundle, engine, made, controls, progress) as arms:
         rows = measure_arms(arms, options, workload, repeats, progress, tick)
@@ -133,6 +141,11 @@ def bench(
     methods = _method_costs(bundle, rows, options.threads, repeats)
     progress("measuring this machine")
     foretold = foretold_and_measured(bundle, made, _measured(rows), workload, threads=options.threads)
+    found = None
+    if with_profile:
+        progress("profiling")
+        full_ms = _of(rows, FULL)["prefill_ms"]
+        found = profile(bundle, engine, options, workload, repeats=repeats, full_prefill_ms=full_ms)
     speedup = _speedup(rows)
     return Bench(
         rows=rows,
@@ -142,6 +155,7 @@ def bench(
         environment=asdict(describe_environment(options.threads)),
         methods=methods,
         foretold=foretold,
+        profile=found,
     )
 
 

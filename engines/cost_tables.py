@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
+from rich.console import RenderableType
 from rich.table import Column, Table
 
 from tokexport.engines.cost_text import (
@@ -11,6 +12,8 @@ from tokexport.engines.cost_text import (
     machine_text,
     memory_terms,
     milliseconds_text,
+    profile_remark,
+    profile_rows,
 )
 from tokexport.engines.tables import new_table
 from tokexport.exporter.footprint import GPU_DTYPE
@@ -32,6 +35,21 @@ def foretold_table(bench: Mapping[str, Any]) -> Table:
     for row in foretold_rows(bench):
         table.add_row(*row)
     return table
+
+
+def profile_tables(bench: Mapping[str, Any]) -> list[RenderableType]:
+    """Return where the time goes, nothing where it was not profiled."""
+    rows = list(profile_rows(bench))
+    if not rows:
+        return []
+    names = [Column("phase"), Column("operator")]
+    title = "where the time goes, mean of the runs"
+    table = new_table(*names, *_columns("", "count", "time", "share")[1:], title=title)
+    last = ""
+    for phase, *cells in rows:
+        table.add_row("" if phase == last else phase, *cells)
+        last = phase
+    return [table, profile_remark(bench)]
 
 
 def _disk_table(disk: Mapping[str, Any]) -> Table:

@@ -3,6 +3,8 @@
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+# Kinds of operator with less of a phase are shown as one.
+_LEAST_SHARE = 0.01
 _NAMES = {
     "disk_bytes": "artefact on disk",
     "peak_rss_bytes": "most memory",
@@ -55,3 +57,33 @@ def bytes_text(num_bytes: float) -> str:
 def milliseconds_text(value: float) -> str:
     """Return milliseconds in as many digits as mean something."""
     return f"{value:,.0f} ms" if value >= 100 else f"{value:.3g} ms"
+
+
+def profile_rows(bench: Mapping[str, Any]) -> Iterable[tuple[str, str, str, str, str]]:
+    """Yield phase, kind of operator, count, time of a run and share of the phase; the method's own part closes each."""
+    for name, phase in bench.get("profile", {}).get("phases", {}).items():
+        shown = [op for op in phase["ops"] if op["share"] >= _LEAST_SHARE]
+        for op in shown:
+            yield name, op["op"], str(op["count"]), milliseconds_text(op["ms"]), _share(op["share"])
+        rest = [op for op in phase["ops"] if op["share"] < _LEAST_SHARE]
+        if rest:
+            count, taken, share = (sum(op[key] for op in rest) for key in ("count", "ms", "share"))
+            yield name, f"{len(rest)} other kinds", str(count), milliseconds_text(taken), _share(share)
+        own = phase["method"]
+        if own["nodes"]:
+            yield name, "of it the method", str(own["nodes"]), milliseconds_text(own["ms"]), _share(own["share"])
+
+
+def profile_remark(bench: Mapping[str, Any]) -> str:
+    """Return what the method costs until the first token, nothing without a profile."""
+    if "profile" not in bench:
+        return ""
+    method = bench["profile"]["method"]
+    return (
+        f"Until the first token the method takes {milliseconds_text(method['ms'])}, "
+        f"{_share(method['of_full_prefill'])} of the prefill of all tokens."
+    )
+
+
+def _share(value: float) -> str:
+    return f"{100 * value:.1f} %"

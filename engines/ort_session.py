@@ -1,6 +1,8 @@
 """A session of ONNX Runtime, which its engines open on one device or another, with one decoder graph or another."""
 
 import functools
+import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
@@ -62,7 +64,14 @@ class OrtSession(Session):
         self._dtype = np.dtype(bundle.recipe.export.dtype)
         folder, threads = bundle.path / "onnx", options.threads
         vision, embedding = graph_file(bundle, "vision_encoder"), graph_file(bundle, "embed_tokens")
-        opened = functools.partial(inference_session, folder=folder, threads=threads, device=device, is_fast=is_fast)
+        opened = functools.partial(
+            inference_session,
+            folder=folder,
+            threads=threads,
+            device=device,
+            is_fast=is_fast,
+            profile=options.profile,
+        )
         self._vision, self._embedding, self._decoder = opened(vision), opened(embedding), opened(decoder)
         self._binding = self._decoder.io_binding()
         self._choosing = choosing_layers(bundle.graph_io("decoder_model_merged"))
@@ -112,16 +121,34 @@ class OrtSession(Session):
         """Return a copy of the whole cache, by the names of the decoder's inputs."""
         return {name: value.numpy().copy() for name, value in self._cache.items()}
 
+    def end_profile(self) -> Mapping[GraphName, Path]:
+        sessions: dict[GraphName, ort.InferenceSession] = {
+            "vision_encoder": self._vision,
+            "embed_tokens": self._embedding,
+            "decoder_model_merged": self._decoder,
+        }
+        return {graph: Path(session.end_profiling()) for graph, session in sessions.items()}
+
     @property
     def kv_bytes(self) -> int:
         return sum(value.numpy().nbytes for value in self._cache.values())
 
 
 def inference_session(
-    graph: bytes, folder: Path, *, threads: int | None, device: Device = "cpu", is_fast: bool = False
+    graph: bytes,
+    folder: Path,
+    *,
+    threads: int | None,
+    device: Device = "cpu",
+    is_fast: bool = False,
+    profile: Path | None = None,
 ) -> "ort.InferenceSession":
-    """Open a serialised graph whose weights lie in ``folder``."""
+    """Open a serialised graph whose weights lie in ``folder``; its profile goes into the folder ``profile``."""
     settings = ort.SessionOptions()
+    if profile is not None:
+        settings.enable_profiling = True
+        # Files are named after the time: sessions that are opened in one second need a folder each.
+        settings.profile_file_prefix = str(Path(tempfile.mkdtemp(dir=profile)) / "profile")
     settings.intra_op_num_threads = threads or available_cores()
     settings.log_severity_level = 3
     # The three sessions have a thread pool each. Threads that spin on after the vision encoder's run would

@@ -154,6 +154,8 @@ def _contents(documents: ReportDocuments) -> dict[str, Any]:
         "gates": gates,
         "foretold": list(cost_text.foretold_rows(bench)) if bench else [],
         "foretold_remark": cost_text.foretold_remark(bench) if bench else "",
+        "profile": list(cost_text.profile_rows(bench)) if bench else [],
+        "profile_remark": cost_text.profile_remark(bench) if bench else "",
         "answered": list(accuracy_text.figure_rows(accuracy)) if accuracy else [],
         "accuracy_remarks": list(accuracy_text.remarks(accuracy)) if accuracy else [],
         "ladder": _ladder(verify) if verify else {},

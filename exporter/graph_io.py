@@ -69,6 +69,10 @@ def stage_name(method: str) -> str:
     return f"{STAGES}{method}"
 
 
+METHOD_SCOPES = ("/stages/", "/bottlenecks.")
+"""What the names of nodes begin with that come from such modules."""
+
+
 def bottleneck_name(layer: int) -> str:
     """Return the name that what stands before a layer has as a module of the decoder."""
     return f"{BOTTLENECKS}{layer}"

@@ -350,6 +350,18 @@ def test_what_the_plan_foretold_is_printed_beside_what_was_measured():
     assert "foretold" not in render_markdown(documents())
 
 
+def test_where_the_time_goes_is_printed():
+    op = {"op": "MatMul", "count": 7, "ms": 98.5, "share": 0.985}
+    phase = {"run_ms": 110.0, "kernels_ms": 100.0, "ops": [op], "method": {"nodes": 3, "ms": 2.0, "share": 0.02}}
+    profile = {"phases": {"prefill": phase}, "method": {"ms": 2.0, "of_full_prefill": 0.01}}
+    measured = bench(row("full", 250.0), row("adsc", 150.0), profile=profile)
+    markdown = render_markdown(documents(bench=measured))
+    assert "| prefill | MatMul | 7 | 98.5 ms | 98.5 % |" in markdown
+    assert "the method takes 2 ms, 1.0 % of the prefill of all tokens" in markdown
+    assert "Where the time goes" in text_of(render_html(documents(bench=measured)))
+    assert "Where the time goes, as" not in render_markdown(documents())
+
+
 def test_the_environment_is_printed():
     text = text_of(render_html(documents()))
     for fact in ("A fast one", "torch 2.13.0", "backend ort"):

@@ -15,6 +15,8 @@ class Ort(Rewriter):
 
     is_foretold = True
 
+    is_profiled = True
+
     dtypes = CPU_DTYPES
 
     def decoder_graph(self, bundle: Bundle) -> bytes:

@@ -15,6 +15,8 @@ class OrtPortable(Backend):
 
     is_foretold = True
 
+    is_profiled = True
+
     dtypes = CPU_DTYPES
 
     def open(self, bundle: Bundle, options: SessionOptions) -> OrtSession:

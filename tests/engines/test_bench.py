@@ -28,7 +28,8 @@ BYTES_PER_TOKEN = 2 * 2 * 16 * 4
 def measured(tiny_adsc: Bundle) -> dict[str, Any]:
     before = sorted(tiny_adsc.path.parent.iterdir())
     options = SessionOptions.for_bundle(tiny_adsc, threads=1)
-    report = bench(tiny_adsc, "ort", options, text_tokens=TEXT, new_tokens=NEW, repeats=1).report()
+    asked: dict[str, Any] = {"text_tokens": TEXT, "new_tokens": NEW, "repeats": 1, "with_profile": True}
+    report = bench(tiny_adsc, "ort", options, **asked).report()
     return {**report, "left behind": [path for path in sorted(tiny_adsc.path.parent.iterdir()) if path not in before]}
 
 
@@ -119,6 +120,11 @@ def test_the_plan_is_compared_with_the_artefact_in_its_engine(measured: dict[str
     assert 0 < figures["peak_rss_bytes"]["terms"]["interpreter"] < row["peak_rss_bytes"]
 
 
+def test_the_method_is_profiled_as_a_part_of_the_full_prefill(measured: dict[str, Any]):
+    method, full = measured["profile"]["method"], row_of(measured, "ort", "full")
+    assert method["of_full_prefill"] == pytest.approx(method["ms"] / full["prefill_ms"])
+
+
 def test_only_rows_with_fewer_tokens_are_called_compressed(measured: dict[str, Any]):
     assert [row["compressed"] for row in measured["rows"]] == [False, False, True, True, True, True]
 
@@ -156,6 +162,11 @@ def test_a_number_that_cannot_be_measured_with_is_refused(tiny_adsc: Bundle, wro
     with pytest.raises(InputError) as caught:
         bench(tiny_adsc, "ort", SessionOptions.for_bundle(tiny_adsc), **wrong)
     assert str(caught.value) == expected
+
+
+def test_a_profile_of_an_engine_that_writes_none_is_refused_before_the_work(tiny_adsc: Bundle):
+    with pytest.raises(BackendUnavailableError, match=r"^backend 'torch-eager' writes no profile; leave --profile out"):
+        bench(tiny_adsc, "torch-eager", SessionOptions.for_bundle(tiny_adsc), with_profile=True)
 
 
 @pytest.mark.parametrize(("control", "kept"), [("sample", 265), ("random", 265), ("resize", 256)])
