@@ -92,7 +92,7 @@ def _best(run: Callable[[], object], seconds: float) -> float:
     return best
 
 
-def _product(precision: str, rows: int, matrix_KN: tuple[int, int], threads: int | None) -> Callable[[], object]:
+def _product(precision: str, rows: int, matrix_KN: tuple[int, int], threads: int | None) -> Callable[[], Any]:
     """Return a product of ``rows`` rows with a matrix that is stored in ``precision``."""
     from tokexport.engines.ort_session import inference_session  # needs ONNX Runtime
 

@@ -128,16 +128,16 @@ def summary(runs: Sequence[Run], owned: frozenset[str]) -> dict[str, Any]:
     shares = [_by_op(run.kernels) for run in runs]
     total = _mean_ms(sum(share.values()) for share in shares)
     counts = Counter(kernel.op for kernel in runs[0].kernels)
-    ops = [
-        {"op": op, "count": count, "ms": _mean_ms(share.get(op, 0.0) for share in shares)}
-        for op, count in counts.items()
-    ]
+    taken = {op: _mean_ms(share.get(op, 0.0) for share in shares) for op in counts}
     method = [[kernel for kernel in run.kernels if _is_of(kernel.node, owned)] for run in runs]
     method_ms = _mean_ms(sum(kernel.us for kernel in mine) for mine in method)
     return {
         "run_ms": _mean_ms(run.us for run in runs),
         "kernels_ms": total,
-        "ops": [{**op, "share": op["ms"] / total} for op in sorted(ops, key=lambda op: -op["ms"])],
+        "ops": [
+            {"op": op, "count": counts[op], "ms": taken[op], "share": taken[op] / total}
+            for op in sorted(counts, key=lambda op: -taken[op])
+        ],
         "method": {"nodes": len(method[0]), "ms": method_ms, "share": method_ms / total},
     }
 

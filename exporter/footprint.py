@@ -170,7 +170,7 @@ def footprint_of(
         num_layers: of its decoder.
         files: tokenizer and processor files, which are copied into it.
     """
-    bytes_of = {graph: _graph_bytes(graph, modules[graph], recipe) for graph in GRAPHS}
+    bytes_of: dict[GraphName, GraphBytes] = {graph: _graph_bytes(graph, modules[graph], recipe) for graph in GRAPHS}
     multiplied = [
         _weight_bytes(tensor, layers.get(name), recipe.export.dtype)
         for graph in GRAPHS
