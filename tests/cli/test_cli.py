@@ -52,6 +52,13 @@ def test_the_plan_for_people_leaves_stdout_empty(run: Run):
     assert "576 -> 264.625 tokens (45.9 %)" in outcome.err
 
 
+def test_budgets_are_whole_numbers_with_commas(run: Run, tmp_path: Path):
+    outcome = run("compare", "mini_full", "--budgets", "192,x", "-o", tmp_path / "out")
+    assert outcome.code == 2
+    assert "'192,x' is no list of whole numbers, e.g. 192,128,64" in outcome.err
+    assert not (tmp_path / "out").exists()
+
+
 def test_the_plan_of_a_smaller_image_compares_with_the_whole_one(run: Run):
     outcome = run("plan", "--recipe", "mini_full", "--set", 'compress=[{method="resize", keep=144}]')
     assert "mean             576 -> 144 tokens (25 %)" in outcome.err
