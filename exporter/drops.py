@@ -91,8 +91,8 @@ class Dropping(Method):
             scaled.items(), key=lambda item: abs(item[1][0] - tokens * spec.num_layers)
         ):
             drops = tuple(Drop(layer=layer, keep=keep) for layer, keep in zip(layers, keeps, strict=True))
-            changed = replace(self, drops=drops)
             with contextlib.suppress(RecipeError):
+                changed = replace(self, drops=drops)
                 changed.plan(spec, arriving)
                 return total / spec.num_layers, scale, changed
         return None

@@ -109,8 +109,8 @@ class Method(ABC):
     def _counts(self, spec: VlmSpec, arriving: TokenPlan) -> "Iterator[tuple[float, Self]]":
         """Yield the method with every count that it takes, and the mean of tokens per layer."""
         for count in range(LEAST_KEEP, arriving.entering_llm):
-            changed = replace(self, **{"keep": count})
             with contextlib.suppress(RecipeError):
+                changed = replace(self, **{"keep": count})
                 yield changed.plan(spec, arriving).mean_vision_tokens, changed
 
 

@@ -16,6 +16,7 @@ from tokexport.exporter.methods.pool import Pool
 from tokexport.exporter.methods.pyramiddrop import PyramidDrop
 from tokexport.exporter.methods.resize import Resize
 from tokexport.exporter.methods.sample import Sample
+from tokexport.exporter.methods.sparsevlm import SparseVlm
 from tokexport.exporter.plan import TokenPlan, VlmSpec, even_grids
 
 HALVED = (Drop(layer=1, keep=8), Drop(layer=3, keep=4))  # 16, 8, 8, 4: 9 on average
@@ -52,6 +53,17 @@ def test_a_method_meets_a_budget_with_its_own_options(method: Method, budget: in
 def test_fractions_of_a_schedule_become_counts():
     halves = PyramidDrop(drops=(Drop(layer=1, keep=0.5), Drop(layer=3, keep=0.5)))
     assert halves.for_budget(SPEC, FULL, 5).drops == (Drop(layer=0, keep=7), Drop(layer=2, keep=3))
+
+
+def test_a_schedule_goes_nowhere_that_its_method_refuses():
+    ranked_by_the_layer_before = SparseVlm(drops=HALVED)
+    found = ranked_by_the_layer_before.for_budget(SPEC, FULL, 7)
+    assert found.drops[0].layer == 1
+    assert is_met(found.plan(SPEC, FULL).mean_vision_tokens, 7)
+    with pytest.raises(
+        RecipeError, match="sparsevlm: nothing comes within 2 % of 4 vision tokens per layer; the nearest"
+    ):
+        ranked_by_the_layer_before.for_budget(SPEC, FULL, 4)
 
 
 @pytest.mark.parametrize("budget", [3, 6, 8, 12])
