@@ -1,12 +1,12 @@
 """Which patches of an image stay behind each method, for pictures.
 
-A choice that is a constant stands in the graph, a mixture is computed by it for the image. A choice that the graph
-makes and tells nobody has no picture; a method of that kind gets one by an output of its graph, read here.
+A choice that is a constant stands in the graph, a mixture is computed by it for the image, and a choice by attention
+is an output of the decoder, for image and question. What the vision encoder chooses and tells nobody has no picture.
 
 N patches that the vision tower sees, M tokens that stay
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
@@ -16,10 +16,12 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 from PIL import Image
 
-from tokexport.engines.prompt import PromptProcessor
+from tokexport.engines.backend import SessionOptions, load_backend
+from tokexport.engines.generate import Conversation
+from tokexport.engines.prompt import Dialogue, PromptProcessor
 from tokexport.engines.taps import vision_taps
 from tokexport.exporter.bundle import Bundle
-from tokexport.exporter.graph_io import GraphName, bottleneck_name, stage_name
+from tokexport.exporter.graph_io import GraphName, bottleneck_name, choosing_layers, stage_name
 from tokexport.exporter.method import Method, arriving_plans, load_methods
 from tokexport.exporter.plan import TokenPlan
 
@@ -57,12 +59,13 @@ class KeptTokens:
     hidden: str = ""
 
 
-def kept_tokens(bundle: Bundle, image: Image.Image, *, threads: int | None = None) -> KeptTokens:
+def kept_tokens(bundle: Bundle, image: Image.Image, question: str, *, threads: int | None = None) -> KeptTokens:
     """Return which patches of an image stay behind each method of an artefact.
 
     Args:
         bundle: the artefact.
-        image: what is asked about; only a mixture looks at it.
+        image: what is asked about.
+        question: what is asked first; only choices by attention read it.
         threads: CPU threads, None for as many as there are cores.
 
     Raises:
@@ -75,7 +78,8 @@ def kept_tokens(bundle: Bundle, image: Image.Image, *, threads: int | None = Non
         grid = method.tower_grid(bundle.spec, arriving) or grid
     share_MN = np.eye(grid[0] * grid[1])
     stages = [_stage("a smaller image", share_MN)] if grid != bundle.spec.vision_grid else []
-    for where, method, step in _steps(methods, plans, bundle, image, threads):
+    chosen = _chosen(bundle, image, question, threads)
+    for where, method, step in _steps(methods, plans, bundle, image, chosen, threads):
         if step is None:
             hidden = f"the graph does not give out what {method} keeps of an image"
             return KeptTokens(grid=grid, stages=tuple(stages), hidden=hidden)
@@ -85,7 +89,12 @@ def kept_tokens(bundle: Bundle, image: Image.Image, *, threads: int | None = Non
 
 
 def _steps(
-    methods: Sequence[Method], plans: Sequence[TokenPlan], bundle: Bundle, image: Image.Image, threads: int | None
+    methods: Sequence[Method],
+    plans: Sequence[TokenPlan],
+    bundle: Bundle,
+    image: Image.Image,
+    chosen: Mapping[int, NDArray[np.int64]],
+    threads: int | None,
 ) -> Iterator[tuple[str, str, NDArray[Any] | None]]:
     """Yield where tokens go, by which method, and by which index (M,) or matrix (M, N), None where that is unknown."""
     for method, (arriving, leaving) in zip(methods, pairwise(plans), strict=True):
@@ -102,7 +111,19 @@ def _steps(
         for layer in _drops(leaving) - _drops(arriving)
     }
     for layer, name in sorted(method_at.items()):
-        yield f"from layer {layer} on", name, _index(bundle, "decoder_model_merged", bottleneck_name(layer))
+        step = _index(bundle, "decoder_model_merged", bottleneck_name(layer))
+        yield f"from layer {layer} on", name, chosen.get(layer) if step is None else step
+
+
+def _chosen(bundle: Bundle, image: Image.Image, question: str, threads: int | None) -> Mapping[int, NDArray[np.int64]]:
+    """Return what each bottleneck that chooses by attention keeps, (M,), by its layer."""
+    if not choosing_layers(bundle.graph_io("decoder_model_merged")):
+        return {}
+    processor = PromptProcessor(bundle.path)
+    session = load_backend("ort-portable").open(bundle, SessionOptions.for_bundle(bundle, threads=threads))
+    features = session.encode_images(processor.pixels([image]))
+    Conversation(session).feed(Dialogue.start(processor).ask(question, 1), [features])
+    return {layer: choice.kept_BM[0] for layer, choice in session.choices.items()}
 
 
 def _matrix(bundle: Bundle, module: str, image: Image.Image, threads: int | None) -> Floats:

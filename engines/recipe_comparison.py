@@ -256,11 +256,18 @@ def _verdicts(
 
 def _page(found: RecipeComparison, bundles: Sequence[Bundle], asked: DialogueSet, options: EvalOptions) -> str:
     """Return the page, with what stays of the first images of the data."""
-    shown = [asked.get(number).image for number in range(min(_NUM_IMAGES, asked.size))]
-    images = [as_rgb(image, "an image") if isinstance(image, Image.Image) else load_image(image) for image in shown]
+    shown = [asked.get(number) for number in range(min(_NUM_IMAGES, asked.size))]
+    images = [
+        as_rgb(dialogue.image, "an image") if isinstance(dialogue.image, Image.Image) else load_image(dialogue.image)
+        for dialogue in shown
+    ]
+    questions = [dialogue.turns[0].question for dialogue in shown]
     processor = PromptProcessor(bundles[0].path)
     kept = {
-        bundle.recipe.name: [kept_tokens(bundle, image, threads=options.threads) for image in images]
+        bundle.recipe.name: [
+            kept_tokens(bundle, image, question, threads=options.threads)
+            for image, question in zip(images, questions, strict=True)
+        ]
         for bundle in bundles
         if bundle.recipe.compress
     }
