@@ -24,7 +24,7 @@ test: .venv/installed-dev
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright --pythonpath $(BIN)/python
 	$(BIN)/lint-imports
-	$(BIN)/python -m pytest --cov
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n logical --dist loadfile --cov
 
 clean:
 	rm -rf .venv build dist out tokexport.egg-info htmlcov .coverage .pytest_cache .ruff_cache .import_linter_cache

@@ -23,7 +23,6 @@ from tokexport.errors import InputError
 @click.option(
     "--budgets",
     metavar="TOKENS,...",
-    default=(),
     callback=lambda _context, _option, given: _budgets(given),
     help="Make every compressed recipe at each mean of vision tokens per layer, e.g. 192,128,64.",
 )
@@ -74,12 +73,10 @@ def compare(
         click.echo(json.dumps(found.report(), indent=2, default=str))
 
 
-def _budgets(given: str | tuple[int, ...]) -> tuple[int, ...]:
+def _budgets(given: str | None) -> tuple[int, ...]:
     """Return the whole numbers of a list with commas."""
-    if isinstance(given, tuple):
-        return given
     try:
-        return tuple(int(one) for one in given.split(","))
+        return tuple(int(one) for one in given.split(",")) if given is not None else ()
     except ValueError:
         raise click.BadParameter(f"{given!r} is no list of whole numbers, e.g. 192,128,64") from None
 

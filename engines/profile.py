@@ -21,7 +21,7 @@ from tokexport.engines.backend import SessionOptions, load_backend
 from tokexport.engines.worker import Workload, run_workload
 from tokexport.errors import BackendUnavailableError
 from tokexport.exporter.bundle import Bundle
-from tokexport.exporter.graph_io import METHOD_SCOPES, GraphName
+from tokexport.exporter.graph_io import CHOICES, METHOD_SCOPES, GraphName
 
 _WARMUP = 2
 # The part of a bottleneck that says which tokens stay; see exporter/modules/bottleneck.py.
@@ -112,7 +112,8 @@ def read_runs(trace: str) -> list[Run]:
 def method_nodes(graph: ir.Graph) -> frozenset[str]:
     """Return the names of the nodes that a method added: its own, and those that only its choice needs."""
     needed: set[ir.Node] = set()
-    waiting = [node for node in (value.producer() for value in graph.outputs) if node is not None]
+    told = [value for value in graph.outputs if not (value.name or "").startswith(CHOICES)]
+    waiting = [node for node in (value.producer() for value in told) if node is not None]
     while waiting:
         node = waiting.pop()
         if node not in needed and not _CHOICE.match(node.name or ""):

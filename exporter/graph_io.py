@@ -38,14 +38,19 @@ def cache_names(layer: int, prefix: str = "past_key_values") -> tuple[str, str]:
     return f"{prefix}.{layer}.key", f"{prefix}.{layer}.value"
 
 
+CHOICES = ("token_scores.", "kept_tokens.")
+"""Behind them in the outputs of the decoder stands the number of a layer."""
+
+
 def choice_names(layer: int) -> tuple[str, str]:
     """Return the names of what a choice before a layer goes by, and of which tokens it keeps."""
-    return f"token_scores.{layer}", f"kept_tokens.{layer}"
+    scores, kept = CHOICES
+    return f"{scores}{layer}", f"{kept}{layer}"
 
 
 def choosing_layers(io: GraphIO) -> tuple[int, ...]:
     """Return the layers before which a decoder chooses tokens by attention."""
-    prefix = choice_names(0)[1].removesuffix("0")
+    prefix = CHOICES[1]
     return tuple(int(tensor.name.removeprefix(prefix)) for tensor in io.outputs if tensor.name.startswith(prefix))
 
 

@@ -59,6 +59,12 @@ def test_budgets_are_whole_numbers_with_commas(run: Run, tmp_path: Path):
     assert not (tmp_path / "out").exists()
 
 
+def test_recipes_are_compared_without_budgets(run: Run, tmp_path: Path):
+    outcome = run("compare", "mini_adsc", "--dialogues", 4, "-o", tmp_path / "out")
+    assert outcome.code == 1
+    assert outcome.error.startswith("0 of the recipes mini_adsc are without [[compress]]")
+
+
 def test_the_plan_of_a_smaller_image_compares_with_the_whole_one(run: Run):
     outcome = run("plan", "--recipe", "mini_full", "--set", 'compress=[{method="resize", keep=144}]')
     assert "mean             576 -> 144 tokens (25 %)" in outcome.err
