@@ -1,6 +1,5 @@
 """Recipes on one table: the accuracy of each, what it costs by plan, and what it takes by the clock."""
 
-import contextlib
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -176,9 +175,13 @@ def _require_one_model(recipes: Sequence[Recipe]) -> None:
         if table in seen:
             continue
         seen.append(table)
-        # A model that cannot be read fails later, by itself.
-        with contextlib.suppress(TokexportError):
+        try:
             names.setdefault(fingerprint(describe_model(table)), recipe.name)
+        except TokexportError as error:
+            raise InputError(
+                f"whether {recipe.name} is made from the same model as the others cannot be found out: {error}; leave "
+                "it out, or set its model to theirs"
+            ) from error
     if len(names) > 1:
         first, other, *_ = names.values()
         raise InputError(

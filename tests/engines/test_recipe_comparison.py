@@ -145,6 +145,13 @@ def test_recipes_of_different_models_are_refused_before_anything_is_built(
     assert not list(tmp_path.iterdir())
 
 
+def test_a_model_that_cannot_be_read_is_told_before_anything_is_built(checkpoint: Path, tmp_path: Path):
+    given = [*recipes(checkpoint)[:2], replace(recipe_for(tmp_path / "gone", adsc()), name="foreign")]
+    with pytest.raises(InputError, match="^whether foreign is made from the same model .*; leave it out"):
+        compare_recipes(given, tmp_path / "out", open_dialogues(dialogues=1), OPTIONS)
+    assert not (tmp_path / "out").exists()
+
+
 def test_an_adapter_makes_no_other_model(checkpoint: Path, tmp_path: Path):
     adapter = save_adapter(tmp_path / "adapter")
     tuned = override(recipes(checkpoint)[0], adapter=str(adapter))
