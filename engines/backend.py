@@ -173,8 +173,8 @@ class Session(ABC):
         """Bytes that the cache holds in memory now."""
 
     def end_profile(self) -> Mapping[GraphName, Path]:
-        """End profiling and return the file written for each graph; see ``Backend.is_profiled``."""
-        raise NotImplementedError
+        """End profiling and return the file written for each graph; none where ``Backend.is_profiled`` is not."""
+        return {}
 
     def reset(self) -> None:  # noqa: B027 - most caches are overwritten, not cleared
         """Forget the conversation."""

@@ -34,7 +34,7 @@ from tokexport.engines.parity import Progress
 from tokexport.engines.probe import Probe
 from tokexport.errors import BackendUnavailableError
 from tokexport.exporter.bundle import Bundle
-from tokexport.exporter.graph_io import GraphName
+from tokexport.exporter.graph_io import CHOICES, GraphName
 from tokexport.recipes.schema import Recipe
 
 _DECODER: GraphName = "decoder_model_merged"
@@ -211,7 +211,9 @@ class _Search:
         return max(checks, key=lambda check: (not check.passed, check.max_abs_diff / (check.tolerance or 1)))
 
     def _tolerance(self, name: str) -> Tolerance:
-        return self._tolerances["cache" if name.startswith("present.") else "logits"]
+        if name.startswith("present."):
+            return self._tolerances["cache"]
+        return self._tolerances["scores" if name.startswith(CHOICES[0]) else "logits"]
 
 
 def _calls(bundle: Bundle, options: SessionOptions, probe: Probe) -> Iterator[tuple[str, Arrays]]:

@@ -48,12 +48,9 @@ class GpuRunner(Runner):
         self._cache = self._new_cache(engines)
         self._buffers: dict[tuple[str, tuple[int, ...]], Tensor] = {}
         self._results: dict[str, Tensor] = {}
-        self._choosing = choosing_layers(bundle.graph_io("decoder_model_merged"))
-        self._choice_dtypes = {
-            name: dtype
-            for layer in self._choosing
-            for name, dtype in zip(choice_names(layer), (torch.float32, torch.int64), strict=True)
-        }
+        ios = [bundle.graph_io(graph) for graph in ("vision_encoder", "decoder_model_merged")]
+        self._choosing = choosing_layers(ios[1])
+        self._dtype_of = {tensor.name: getattr(torch, tensor.dtype) for io in ios for tensor in io.outputs}
         self._graph: torch.cuda.CUDAGraph | None = None
         self._decoded = 0
 
@@ -129,8 +126,7 @@ class GpuRunner(Runner):
             shape = tuple(context.get_tensor_shape(name))
             key = (name, shape)
             if key not in self._buffers:
-                dtype = self._choice_dtypes.get(name, self._dtype)
-                self._buffers[key] = torch.empty(shape, dtype=dtype, device=self._device)
+                self._buffers[key] = torch.empty(shape, dtype=self._dtype_of[name], device=self._device)
             self._results[name] = self._buffers[key]
             context.set_tensor_address(name, self._buffers[key].data_ptr() or self._stand_in.data_ptr())
         return self._results[output]

@@ -49,23 +49,23 @@ class ClipVisionEncoder(nn.Module):
     def forward(self, pixel_values: Tensor) -> Tensor:
         """Return the image features (B, M, D) of ``pixel_values`` (B, 3, height, width)."""
         hidden_BGC = self.vision_tower.pre_layrnorm(self.vision_tower.embeddings(pixel_values))
-        tower_stage = next((stage for stage in self.stages.values() if isinstance(stage, TowerStage)), None)
+        stages = list(self.stages.values())
+        first = stages[0] if stages else None
+        tower_stage = first if isinstance(first, TowerStage) else None
         seen: dict[str, Tensor] = {}
         for number, layer in enumerate(self.vision_tower.encoder.layers):
             if tower_stage is not None:
                 # Before the layer, whose output then comes last of all that bears its name in a graph.
                 seen |= tower_stage.look(number, layer, hidden_BGC)
             hidden_BGC = layer(hidden_BGC, attention_mask=None)
+        tokens_BNC = hidden_BGC[:, 1:]  # without the class token
         if tower_stage is not None and tower_stage.is_before_projector:
             tokens_BNC = tower_stage(hidden_BGC, **seen)
-        else:
-            tokens_BNC = hidden_BGC[:, 1:]  # without the class token
         features_BND = self.multi_modal_projector(tokens_BNC)
-        for stage in self.stages.values():
-            if not isinstance(stage, TowerStage):
-                features_BND = stage(features_BND)
-            elif not stage.is_before_projector:
-                features_BND = stage(features_BND, **seen)
+        if tower_stage is not None and not tower_stage.is_before_projector:
+            features_BND = tower_stage(features_BND, **seen)
+        for stage in stages if tower_stage is None else stages[1:]:
+            features_BND = stage(features_BND)
         return features_BND
 
 
