@@ -147,7 +147,7 @@ def test_recipes_of_different_models_are_refused_before_anything_is_built(
 
 def test_a_model_that_cannot_be_read_is_told_before_anything_is_built(checkpoint: Path, tmp_path: Path):
     given = [*recipes(checkpoint)[:2], replace(recipe_for(tmp_path / "gone", adsc()), name="foreign")]
-    with pytest.raises(InputError, match="^whether foreign is made from the same model .*; leave it out"):
+    with pytest.raises(InputError, match=r"^whether foreign is made from the same model .*; leave it out"):
         compare_recipes(given, tmp_path / "out", open_dialogues(dialogues=1), OPTIONS)
     assert not (tmp_path / "out").exists()
 
