@@ -26,6 +26,12 @@ from tokexport.errors import InputError
     callback=lambda _context, _option, given: _budgets(given),
     help="Make every compressed recipe at each mean of vision tokens per layer, e.g. 192,128,64.",
 )
+@click.option(
+    "--precisions",
+    metavar="PRECISION,...",
+    callback=lambda _context, _option, given: tuple(given.split(",")) if given is not None else (),
+    help="Make every recipe in each beside float32, e.g. int8,int4.",
+)
 @click.option("--repeats", default=9, show_default=True, type=click.IntRange(min=1), help="Measured runs of each.")
 @engine_options
 @jobs_option
@@ -36,6 +42,7 @@ def compare(
     data: str,
     dialogues: int | None,
     budgets: tuple[int, ...],
+    precisions: tuple[str, ...],
     repeats: int,
     backend: str,
     threads: int | None,
@@ -64,6 +71,7 @@ def compare(
             asked,
             EvalOptions(backend=backend, threads=threads, jobs=jobs),
             budgets=budgets,
+            precisions=precisions,
             repeats=repeats,
             progress=terminal.step,
             tick=terminal.tick,

@@ -8,7 +8,16 @@ from markupsafe import Markup
 from PIL import Image
 
 from tokexport.engines.comparison_plots import ParetoPoint, define_images, draw_kept, draw_pareto, pareto_set
-from tokexport.engines.comparison_text import VERDICT_HEADS, column_heads, row_cells, verdict_cells, verdict_remarks
+from tokexport.engines.comparison_text import (
+    LOSS_HEADS,
+    LOSS_REMARK,
+    VERDICT_HEADS,
+    column_heads,
+    loss_lines,
+    row_cells,
+    verdict_cells,
+    verdict_remarks,
+)
 from tokexport.engines.kept_tokens import KeptTokens
 from tokexport.engines.pages import DASH, Plot, page_environment
 
@@ -55,6 +64,9 @@ def render_comparison(
             verdict_heads=VERDICT_HEADS,
             verdicts=[(verdict_cells(one), _TONES.get(one["accuracy"] or "", "")) for one in report["verdicts"]],
             verdict_remarks=verdict_remarks(report["verdicts"]),
+            loss_heads=LOSS_HEADS,
+            losses=loss_lines(report),
+            loss_remark=LOSS_REMARK,
             plots=list(_plots(rows)),
             full=full["recipe"],
             heat_heads=_heat_heads(full),

@@ -13,6 +13,10 @@ def comparison_markdown(report: Mapping[str, Any]) -> str:
         lines += ["", _line(VERDICT_HEADS), _line(["---", "---", "---", "---:", "---:", "---:"])]
         lines += [_line(verdict_cells(verdict)) for verdict in report["verdicts"]]
         lines += ["", *verdict_remarks(report["verdicts"])]
+    if report["losses"]:
+        lines += ["", _line(LOSS_HEADS), _line(["---", *["---:"] * (len(LOSS_HEADS) - 1)])]
+        lines += [_line(cells) for cells in loss_lines(report)]
+        lines += ["", LOSS_REMARK]
     lines += [f"\n{name} is missing: {error}" for name, error in report["failures"].items()]
     return "\n".join(lines) + "\n"
 
@@ -81,6 +85,36 @@ def verdict_remarks(verdicts: Sequence[Mapping[str, Any]]) -> list[str]:
             "intervals of both accuracies are compared, which tells fewer of them apart."
         )
     return remarks
+
+
+LOSS_HEADS = ("artefact", "graphs", "first token", "per token", "accuracy", "compression", "precision", "both")
+LOSS_REMARK = (
+    "What is lost, in points, with its 95 % interval, paired by question: by compression beside all tokens in the same "
+    "precision, by precision beside the same tokens in float32, by both beside all tokens in float32."
+)
+
+
+def loss_lines(report: Mapping[str, Any]) -> list[list[str]]:
+    """Return the lines of the table of losses, and what the artefacts take on disk and by the clock."""
+    rows = {row["recipe"]: row for row in report["rows"]}
+    return [
+        [
+            loss["recipe"],
+            f"{rows[loss['recipe']]['bytes_on_disk'] / 1e6:.1f} MB",
+            f"{rows[loss['recipe']]['ttft_ms']['median']:.1f} ms",
+            f"{rows[loss['recipe']]['decode_ms_per_token']:.2f} ms",
+            f"{100 * rows[loss['recipe']]['accuracy']:.1f} %",
+            *(_points(loss[part]) for part in ("of_compression", "of_precision", "of_both")),
+        ]
+        for loss in report["losses"]
+    ]
+
+
+def _points(difference: Mapping[str, Any] | None) -> str:
+    if difference is None:
+        return "–"
+    low, high = difference["interval"]
+    return f"{100 * difference['mean']:+.1f} ({100 * low:+.1f} to {100 * high:+.1f})"
 
 
 def _line(cells: Sequence[str]) -> str:

@@ -3,8 +3,11 @@
 The turns of a dialogue share an image and a conversation, so they are not independent: whole dialogues are drawn, with
 replacement (the cluster bootstrap; Davison and Hinkley, Bootstrap Methods and their Application, 1997, section 3.8).
 
-L dialogues, R resamples, C figures
+Q questions, L dialogues, R resamples, C figures
 """
+
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,6 +20,48 @@ COVERAGE = 0.95
 _SEED = 0
 # Draws of one block are held in memory at once.
 _MAX_DRAWS = 4_000_000
+# Scores of one question that differ by less are equal: stored ones are rounded.
+_SAME = 1e-4
+
+
+@dataclass(frozen=True, kw_only=True)
+class Difference:
+    """An accuracy minus another on the same questions.
+
+    Attributes:
+        mean: from -1 to 1.
+        interval: its 95 % interval.
+        gained: questions that score higher.
+        lost: questions that score lower.
+    """
+
+    mean: float
+    interval: Interval
+    gained: int
+    lost: int
+
+    def report(self) -> dict[str, Any]:
+        """Return it for JSON."""
+        return {"mean": self.mean, "interval": list(self.interval), "gained": self.gained, "lost": self.lost}
+
+
+def paired_difference(scores_Q: Floats, other_Q: Floats, dialogue_Q: NDArray[np.int64]) -> Difference:
+    """Return the mean of ``scores`` minus ``other``, its interval by bootstrap over dialogues.
+
+    Args:
+        scores_Q: of every question, from 0 to 1.
+        other_Q: of the same questions.
+        dialogue_Q: the number of the dialogue of each question, from 0.
+    """
+    change_Q = scores_Q - other_Q
+    change_L, count_L = np.bincount(dialogue_Q, change_Q), np.bincount(dialogue_Q)
+    (interval,) = ratio_intervals(change_L[:, None].astype(np.float64), count_L[:, None].astype(np.float64))
+    return Difference(
+        mean=float(change_Q.mean()),
+        interval=interval,
+        gained=int((change_Q > _SAME).sum()),
+        lost=int((change_Q < -_SAME).sum()),
+    )
 
 
 def ratio_intervals(above_LC: Floats, below_LC: Floats) -> list[Interval]:

@@ -103,5 +103,5 @@ def escape_markdown(value: object) -> object:
 def typeset(text: str) -> str:
     """Give formatted figures their typographic signs and keep a figure and its unit on one line."""
     text = re.sub(r"(\d)x(?!\w)", "\\1\N{MULTIPLICATION SIGN}", text.replace("->", "\N{RIGHTWARDS ARROW}"))
-    text = re.sub(r"(?<!\S)-(?=\d)", "\N{MINUS SIGN}", text)
+    text = re.sub(r"(?<![^\s(])-(?=\d)", "\N{MINUS SIGN}", text)
     return re.sub(r"(?<=[\d\u00d7]) (?=%|ms\b|[KMGT]B\b|[GT]FLOP\b)", "\N{NO-BREAK SPACE}", text)

@@ -20,8 +20,9 @@ from tokexport.engines.environment import describe_environment
 from tokexport.engines.evaluate import data_sha256
 from tokexport.engines.evaluation_data import DialogueSet
 from tokexport.engines.images import as_rgb, load_image
-from tokexport.engines.intervals import Floats
+from tokexport.engines.intervals import Difference, Floats, paired_difference
 from tokexport.engines.kept_tokens import kept_tokens
+from tokexport.engines.precisions import Loss, at_precisions, find_losses, precision_of
 from tokexport.engines.prompt import PromptProcessor
 from tokexport.engines.verdicts import Contestant, Verdict, find_verdicts
 from tokexport.engines.worker import Workload
@@ -48,12 +49,14 @@ class RecipeComparison:
     Attributes:
         rows: one a recipe, in the order in which they were given.
         verdicts: one for each compressed recipe that is no control.
+        losses: one a recipe where several precisions were asked for, by compression, by precision and by both.
         failures: the error of each recipe that could not be built or evaluated, by its name.
         settings: of the evaluation and the measurement.
     """
 
     rows: tuple[Mapping[str, Any], ...]
     verdicts: tuple[Verdict, ...]
+    losses: tuple[Loss, ...]
     failures: Mapping[str, str]
     settings: Mapping[str, Any]
 
@@ -62,6 +65,7 @@ class RecipeComparison:
         return {
             "rows": list(self.rows),
             "verdicts": [verdict.report() for verdict in self.verdicts],
+            "losses": [loss.report() for loss in self.losses],
             "failures": dict(self.failures),
             "settings": dict(self.settings),
         }
@@ -78,6 +82,7 @@ def compare_recipes(
     options: EvalOptions,
     *,
     budgets: Sequence[int] = (),
+    precisions: Sequence[str] = (),
     repeats: int = 9,
     progress: Progress = lambda _: None,
     tick: Tick = lambda _done, _total: None,
@@ -94,20 +99,22 @@ def compare_recipes(
         options: of the evaluation.
         budgets: means of vision tokens per layer, at each of which every compressed recipe is made in place of its own;
             without any, recipes are taken as they are.
+        precisions: in each of which every recipe is made, beside float32; names as in ``PRECISIONS``.
         repeats: measured runs of every artefact, in turns.
         progress: told what is being done.
         tick: told how much of it is done.
 
     Raises:
-        InputError: no recipe without compression, two of one name, recipes of different models, or a budget that
-            means nothing.
+        InputError: no recipe without compression, two of one name, recipes of different models, or a budget or a
+            precision that means nothing.
     """
     full = _full(recipes)
     _require_one_model([full, *(recipe for recipe in recipes if recipe is not full)])
-    made = at_budgets(recipes, budgets)
+    sized = at_budgets(recipes, budgets)
+    made = at_precisions(sized.recipes, precisions)
     # Made dialogues are known by their recipe, those of a file by what they hold.
     data = {**asked.description, **({} if asked.is_made else {"sha256": data_sha256(asked)})}
-    failures = dict(made.failures)
+    failures = {**sized.failures, **made.failures}
     answered: dict[str, Mapping[str, Any]] = {}
     arms: list[Arm] = []
     for recipe in sorted(made.recipes, key=lambda recipe: recipe is not full):
@@ -125,21 +132,24 @@ def compare_recipes(
     measured = _measured(arms, options, full.plan.text_tokens, repeats, progress, tick)
     rows = {
         arm.method: {
-            **_costs(arm.bundle, full, made.budgets.get(arm.method)),
+            **_costs(arm.bundle, full, sized.budgets.get(made.bases.get(arm.method, arm.method))),
             **measured[arm.method],
             **{key: answered[arm.method][key] for key in _ACCURACY},
         }
         for arm in arms
     }
     ordered = tuple(rows[recipe.name] for recipe in made.recipes if recipe.name in rows)
+    answers = _Answers(answered, full.name, asked)
     found = RecipeComparison(
         rows=ordered,
-        verdicts=_verdicts(ordered, answered, full.name, asked),
+        verdicts=_verdicts(ordered, answers),
+        losses=find_losses([row["recipe"] for row in ordered], full.name, made, answers.differ),
         failures=failures,
         settings={
             "data": {**data, "dialogues": asked.size},
             **options.rules(),
             "budgets": list(budgets),
+            "precisions": list(precisions),
             "repeats": repeats,
             "text_tokens": full.plan.text_tokens,
             "environment": vars(describe_environment(options.threads)),
@@ -229,18 +239,31 @@ def _answered(
     return stored
 
 
-def _verdicts(
-    rows: Sequence[Mapping[str, Any]], answered: Mapping[str, Mapping[str, Any]], full: str, asked: DialogueSet
-) -> tuple[Verdict, ...]:
-    dialogue_Q = np.repeat(np.arange(asked.size), asked.turn_counts())
+class _Answers:
+    """The scores of every recipe, question by question, as far as they are stored and of the same questions."""
 
-    def scores_of(name: str) -> Floats | None:
-        stored = answered[name]
+    def __init__(self, answered: Mapping[str, Mapping[str, Any]], full: str, asked: DialogueSet) -> None:
+        self._answered = answered
+        self._sha256 = answered[full]["data"]["sha256"]
+        self.dialogue_Q = np.repeat(np.arange(asked.size), asked.turn_counts())
+
+    def scores_of(self, name: str) -> Floats | None:
+        """Return the scores (Q,) of a recipe, None where they are of other questions or not stored."""
+        stored = self._answered[name]
         scores_Q = np.array(stored.get("scores", "").split(), np.float64)
         # What is made on request may have been made otherwise when it was asked.
-        is_same = stored["data"]["sha256"] == answered[full]["data"]["sha256"] and scores_Q.shape == dialogue_Q.shape
+        is_same = stored["data"]["sha256"] == self._sha256 and scores_Q.shape == self.dialogue_Q.shape
         return scores_Q if is_same else None
 
+    def differ(self, name: str, other: str) -> Difference | None:
+        """Return the accuracy of a recipe minus that of another."""
+        scores_Q, other_Q = self.scores_of(name), self.scores_of(other)
+        if scores_Q is None or other_Q is None:
+            return None
+        return paired_difference(scores_Q, other_Q, self.dialogue_Q)
+
+
+def _verdicts(rows: Sequence[Mapping[str, Any]], answers: _Answers) -> tuple[Verdict, ...]:
     contestants = [
         Contestant(
             recipe=row["recipe"],
@@ -249,12 +272,13 @@ def _verdicts(
             accuracy=row["accuracy"],
             interval=(row["interval"][0], row["interval"][1]),
             ttft_ms=row["ttft_ms"]["median"],
-            scores_Q=scores_of(row["recipe"]),
+            scores_Q=answers.scores_of(row["recipe"]),
+            precision=row["precision"],
         )
         for row in rows
         if row["compressed"]
     ]
-    return find_verdicts(contestants, dialogue_Q)
+    return find_verdicts(contestants, answers.dialogue_Q)
 
 
 def _page(found: RecipeComparison, bundles: Sequence[Bundle], asked: DialogueSet, options: EvalOptions) -> str:
@@ -303,5 +327,7 @@ def _costs(bundle: Bundle, full: Recipe, budget: int | None) -> dict[str, Any]:
         "compressed": bundle.plan != TokenPlan.uncompressed(bundle.spec),
         "is_control": bool(methods) and all(method.is_control for method in methods),
         "budget": budget,
+        "precision": precision_of(bundle.recipe),
+        "bytes_on_disk": sum(file.bytes for name, file in bundle.manifest.files.items() if name.startswith("onnx/")),
         **{key: planned[key] for key in keys},
     }

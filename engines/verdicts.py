@@ -10,15 +10,13 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from tokexport.engines.intervals import Floats, Interval, ratio_intervals
+from tokexport.engines.intervals import Floats, Interval, paired_difference
 
 Word = Literal["better", "not distinguishable", "worse"]
 Basis = Literal["paired", "intervals"]
 
 MOST_APART = 0.10
 """A control keeps at most this part more or fewer tokens per layer than the method."""
-# Scores of one question that differ by less are equal: stored ones are rounded.
-_SAME = 1e-4
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,6 +31,7 @@ class Contestant:
         interval: its 95 % interval.
         ttft_ms: time to the first token, the median.
         scores_Q: of every question, from 0 to 1, None where they are not of the same questions as the others'.
+        precision: what its weights are stored in; a control has the same.
     """
 
     recipe: str
@@ -42,6 +41,7 @@ class Contestant:
     interval: Interval
     ttft_ms: float
     scores_Q: Floats | None = None
+    precision: str = "float32"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,8 +82,8 @@ class Verdict:
 def find_verdicts(contestants: Sequence[Contestant], dialogue_Q: NDArray[np.int64]) -> tuple[Verdict, ...]:
     """Return a verdict for every recipe that is no control, in order.
 
-    The control of a recipe is the one with the nearest mean of tokens per layer, at most 10 % apart, and of equally
-    near ones the most accurate.
+    The control of a recipe is the one in the same precision with the nearest mean of tokens per layer, at most 10 %
+    apart, and of equally near ones the most accurate.
 
     Args:
         contestants: the compressed recipes.
@@ -98,7 +98,8 @@ def find_verdicts(contestants: Sequence[Contestant], dialogue_Q: NDArray[np.int6
 
 
 def _control_of(method: Contestant, controls: Sequence[Contestant]) -> Contestant | None:
-    near = [one for one in controls if abs(one.tokens - method.tokens) <= MOST_APART * method.tokens]
+    alike = [one for one in controls if one.precision == method.precision]
+    near = [one for one in alike if abs(one.tokens - method.tokens) <= MOST_APART * method.tokens]
     return min(near, key=lambda one: (abs(one.tokens - method.tokens), -one.accuracy), default=None)
 
 
@@ -106,9 +107,8 @@ def _verdict(method: Contestant, control: Contestant, dialogue_Q: NDArray[np.int
     gained = lost = None
     if method.scores_Q is not None and control.scores_Q is not None:
         basis: Basis = "paired"
-        change_Q = method.scores_Q - control.scores_Q
-        difference, interval = float(change_Q.mean()), _paired_interval(change_Q, dialogue_Q)
-        gained, lost = int((change_Q > _SAME).sum()), int((change_Q < -_SAME).sum())
+        paired = paired_difference(method.scores_Q, control.scores_Q, dialogue_Q)
+        difference, interval, gained, lost = paired.mean, paired.interval, paired.gained, paired.lost
     else:
         basis = "intervals"
         difference = method.accuracy - control.accuracy
@@ -126,8 +126,3 @@ def _verdict(method: Contestant, control: Contestant, dialogue_Q: NDArray[np.int
         lost=lost,
         ttft_ratio=method.ttft_ms / control.ttft_ms,
     )
-
-
-def _paired_interval(change_Q: Floats, dialogue_Q: NDArray[np.int64]) -> Interval:
-    change_L, count_L = np.bincount(dialogue_Q, change_Q), np.bincount(dialogue_Q)
-    return ratio_intervals(change_L[:, None].astype(np.float64), count_L[:, None].astype(np.float64))[0]

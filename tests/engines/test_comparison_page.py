@@ -9,7 +9,9 @@ from PIL import Image
 
 from tokexport.engines.comparison_page import render_comparison
 from tokexport.engines.comparison_plots import ParetoPoint, pareto_set
+from tokexport.engines.intervals import Difference
 from tokexport.engines.kept_tokens import KeptStage, KeptTokens
+from tokexport.engines.precisions import Loss
 from tokexport.engines.verdicts import Verdict
 
 
@@ -24,7 +26,9 @@ def row(recipe: str, accuracy: float, ttft: float, **changes: Any) -> dict[str, 
         "flops": {"full": 4e9, "compressed": ttft * 1e8, "reduction": 0.5},
         "kv_bytes_vision": {"full": 4e6, "compressed": 2e6, "reduction": 0.5},
         "ttft_ms": {"median": ttft, "p10": ttft, "p90": ttft},
+        "decode_ms_per_token": 5.0,
         "kv_bytes": 2_000_000,
+        "bytes_on_disk": 6_300_000,
         "accuracy": accuracy,
         "interval": [accuracy - 0.01, accuracy + 0.01],
         "per_turn": [{"turn": 1, "accuracy": accuracy}],
@@ -49,6 +53,7 @@ def report(*rows: dict[str, Any], **changes: Any) -> dict[str, Any]:
                 ttft_ratio=1.05,
             ).report()
         ],
+        "losses": [],
         "failures": {"small@128": "the nearest is 121 or 144"},
         "settings": {
             "data": {"split": "test", "dialogues": 2000},
@@ -78,6 +83,15 @@ def test_rows_verdicts_and_failures_are_on_the_page():
     assert "thin@128 asked for 128, has 127.5" in words
     assert "sample (128 tokens) worse −2.0 −3.0 to −1.0 1.05" in words
     assert "small@128: the nearest is 121 or 144" in words
+
+
+def test_losses_stand_on_the_page_where_there_are_several_precisions():
+    lost = Difference(mean=-0.012, interval=(-0.02, -0.004), gained=1, lost=5)
+    loss = Loss(recipe="slow", precision="int8", of_compression=None, of_precision=lost, of_both=lost)
+    words = words_of(render_comparison(report(losses=[loss.report()])))
+    shown = words[words.index("slow 6.3") :].replace("\N{NO-BREAK SPACE}", " ")
+    assert shown.startswith("slow 6.3 MB 60.0 ms 5.00 ms 70.0 % – −1.2 (−2.0 to −0.4)")
+    assert "What precision and compression cost" not in words_of(render_comparison(report()))
 
 
 def test_the_three_plots_say_in_words_what_they_show():

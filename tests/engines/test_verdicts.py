@@ -86,6 +86,12 @@ def test_the_nearest_control_is_taken_and_of_equally_near_ones_the_best():
     assert judge(method, *near, contestant("sample", right(0, 60), tokens=102.0)).control == "sample"
 
 
+def test_a_control_has_the_precision_of_the_method():
+    method = contestant("method", right(0, 100), precision="int8")
+    assert judge(method, contestant("sample", right(0, 100))).control is None
+    assert judge(method, contestant("sample@int8", right(0, 100), tokens=95.0, precision="int8")).control is not None
+
+
 def test_the_time_to_the_first_token_is_given_beside_the_controls():
     verdict = judge(contestant("method", right(0, 9), ttft_ms=60.0), contestant("sample", right(0, 9)))
     assert verdict.ttft_ratio == pytest.approx(1.2)
