@@ -1,7 +1,8 @@
 """Which patches of an image stay behind each method, for pictures.
 
-A choice that is a constant stands in the graph, a mixture is computed by it for the image, and a choice by attention
-is an output of the decoder, for image and question. What the vision encoder chooses and tells nobody has no picture.
+A choice that is a constant stands in the graph; a mixture, and a choice by what the image shows, are computed by the
+vision encoder for the image; a choice by attention is an output of the decoder, for image and question. Of a stage of
+the vision encoder that chooses and merges at once there is no picture.
 
 N patches that the vision tower sees, M tokens that stay
 """
@@ -101,7 +102,9 @@ def _steps(
         if arriving.emitted == leaving.emitted and arriving.entering_llm != leaving.entering_llm:
             stage = stage_name(method.name)
             if method.is_mixing:
-                step: NDArray[Any] | None = _matrix(bundle, f"{stage}.matrix", image, threads)
+                step: NDArray[Any] | None = _computed(bundle, f"{stage}.matrix", image, threads).astype(np.float64)
+            elif method.is_choosing:
+                step = _computed(bundle, f"{stage}.index", image, threads).astype(np.int64)
             else:
                 step = _index(bundle, "vision_encoder", stage)
             yield "before the language model", method.name, step
@@ -126,9 +129,10 @@ def _chosen(bundle: Bundle, image: Image.Image, question: str, threads: int | No
     return {layer: choice.kept_BM[0] for layer, choice in session.choices.items()}
 
 
-def _matrix(bundle: Bundle, module: str, image: Image.Image, threads: int | None) -> Floats:
+def _computed(bundle: Bundle, module: str, image: Image.Image, threads: int | None) -> NDArray[np.float32]:
+    """Return what a part of the vision encoder computes of an image, a matrix (M, N) or an index (M,)."""
     pixel_values = PromptProcessor(bundle.path).pixels([image])
-    return vision_taps(bundle, pixel_values, [module], threads=threads)[module][0].astype(np.float64)
+    return vision_taps(bundle, pixel_values, [module], threads=threads)[module][0]
 
 
 def _index(bundle: Bundle, graph: GraphName, module: str) -> NDArray[np.int64] | None:

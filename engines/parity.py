@@ -51,7 +51,7 @@ from tokexport.engines.torch_session import TorchSession
 from tokexport.errors import BackendUnavailableError
 from tokexport.exporter.bundle import Bundle, library_versions
 from tokexport.exporter.export import Design, weight_names
-from tokexport.exporter.graph_io import GRAPHS, GraphName
+from tokexport.exporter.graph_io import GRAPHS, STAGES, GraphName
 from tokexport.exporter.plan import TokenPlan
 from tokexport.exporter.quantization import quantized_layers
 
@@ -276,11 +276,13 @@ class _Ladder:
     def vision_checks(
         self, step: str, expected: dict[str, NDArray[np.float32]], threads: int | None, judged_by: str | None
     ) -> list[Check]:
-        """Compare the tower layer by layer, to tell where features part."""
+        """Compare the tower layer by layer, to tell where features part, and what methods choose by an image."""
         tolerance = load_tolerances(judged_by or self._dtype)["image_features"]
         found = vision_taps(self._bundle, self._probe.pixel_values, list(expected), threads=threads)
         return [
-            compare_tensors(
+            compare_indices(f"kept tokens, {name}", found[name], values, step=step, graph=_VISION)
+            if name.startswith(STAGES) and name.endswith(".index")
+            else compare_tensors(
                 name,
                 found[name],
                 values,

@@ -36,10 +36,12 @@ class Method(ABC):
     Attributes:
         is_mixing: whether the stage on image features has a part ``matrix`` that says, for each image, which share of
             every token that arrives goes into each one that stays (B, M, N).
+        is_choosing: whether that stage has a part ``index`` that says, for each image, which tokens stay (B, M).
         is_control: whether it is what a method with as many tokens has to beat.
     """
 
     is_mixing: ClassVar[bool] = False
+    is_choosing: ClassVar[bool] = False
     is_control: ClassVar[bool] = False
 
     @abstractmethod

@@ -4,7 +4,7 @@ Nothing is learned and the question is not read, so one cache serves every later
 """
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 from tokexport.exporter.method import Method
 from tokexport.exporter.plan import TokenPlan, VlmSpec, resolve_keep
@@ -20,6 +20,8 @@ class DivPrune(Method):
     Attributes:
         keep: a token count (int) or a fraction (float).
     """
+
+    is_choosing: ClassVar[bool] = True
 
     keep: int | float
 

@@ -14,6 +14,23 @@ _FAR = 4.0
 class FarthestPoints(nn.Module):
     """Keep tokens that are as unlike each other as can be, in their order (DivPrune, arXiv 2503.02175).
 
+    Args:
+        count: M.
+    """
+
+    def __init__(self, count: int) -> None:
+        super().__init__()
+        self.index = FarthestIndex(count)
+
+    def forward(self, features_BND: Tensor) -> Tensor:
+        """Return (B, M, D) of ``features_BND`` (B, N, D)."""
+        index_BM1 = self.index(features_BND).unsqueeze(-1)
+        return features_BND.gather(1, index_BM1.expand(-1, -1, features_BND.shape[-1]))
+
+
+class FarthestIndex(nn.Module):
+    """Which tokens are as unlike each other as can be.
+
     The first is the one whose nearest neighbour is the farthest; each further one is the farthest from all chosen
     before.
     In a graph the choices stand one after the other, so that every shape is known.
@@ -27,11 +44,6 @@ class FarthestPoints(nn.Module):
         self.count = count
 
     def forward(self, features_BND: Tensor) -> Tensor:
-        """Return (B, M, D) of ``features_BND`` (B, N, D)."""
-        index_BM1 = self.chosen(features_BND).unsqueeze(-1)
-        return features_BND.gather(1, index_BM1.expand(-1, -1, features_BND.shape[-1]))
-
-    def chosen(self, features_BND: Tensor) -> Tensor:
         """Return which tokens stay, ascending, (B, M); of equals the first is taken."""
         direction_BND = functional.normalize(features_BND.float(), dim=-1)
         distance_BNN = 1 - direction_BND @ direction_BND.mT

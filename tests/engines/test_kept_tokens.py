@@ -3,14 +3,22 @@
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
 
 from tests.conftest import adsc, recipe_for
+from tokexport.engines.backend import SessionOptions
 from tokexport.engines.kept_tokens import KeptTokens, kept_tokens
 from tokexport.engines.mixing import made_image
+from tokexport.engines.prompt import PromptProcessor
+from tokexport.engines.torch_session import TorchSession
 from tokexport.exporter.bundle import Bundle
+from tokexport.exporter.export import design
+from tokexport.exporter.modules.selection import FarthestIndex
 from tokexport.recipes.schema import Recipe
 
+OPTIONS = SessionOptions(max_text_tokens=64, max_images=1, threads=1)
 See = Callable[..., KeptTokens]
 
 
@@ -71,7 +79,25 @@ def test_a_choice_by_attention_is_told_by_the_graph(see: See, step: dict[str, ob
     assert set(found[-1][1]) <= set(found[0][1])
 
 
-def test_a_choice_that_the_graph_does_not_tell_is_said_to_be_hidden(see: See):
-    found = see({"method": "divprune", "keep": 8})
+def test_a_choice_by_what_the_image_shows_is_read_in_the_vision_encoder(see: See):
+    found = see({"method": "divprune", "keep": 8}, {"method": "fastv", "keep": 5})
+    (before, first), (_, second) = places(found)
+    assert (before, len(first), len(second)) == ("before the language model", 8, 5)
+    assert set(second) <= set(first)
+    assert found.hidden == ""
+
+
+def test_the_picture_of_divprune_is_what_it_chooses_of_the_features(
+    checkpoint: Path, exported: Callable[[Recipe], Bundle]
+):
+    bundle = exported(recipe_for(checkpoint, {"method": "divprune", "keep": 8}))
+    ((_, patches),) = places(kept_tokens(bundle, made_image(), "Is there a star?", threads=1))
+    session = TorchSession(design(recipe_for(checkpoint)), OPTIONS)
+    features = session.encode_images(PromptProcessor(bundle.path).pixels([made_image()]))
+    assert patches == FarthestIndex(8)(torch.from_numpy(np.asarray(features, np.float32)))[0].tolist()
+
+
+def test_a_stage_that_chooses_and_merges_is_said_to_be_hidden(see: See):
+    found = see({"method": "prumerge", "keep": 8, "neighbours": 4})
     assert found.stages == ()
-    assert found.hidden == "the graph does not give out what divprune keeps of an image"
+    assert found.hidden == "the graph does not give out what prumerge keeps of an image"

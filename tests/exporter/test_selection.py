@@ -15,18 +15,18 @@ def test_divprune_takes_the_farthest_and_then_what_is_farthest_from_all():
     order = [4, 0, 2, 3, 1, 5]
     for count in range(1, 6):
         expected = sorted(order[:count])
-        assert FarthestPoints(count).chosen(features.unsqueeze(0)).tolist() == [expected]
+        assert FarthestPoints(count).index(features.unsqueeze(0)).tolist() == [expected]
     kept = FarthestPoints(2)(features.unsqueeze(0))
     torch.testing.assert_close(kept, features[[0, 4]].unsqueeze(0))
 
 
 def test_divprune_of_copies_takes_none_twice():
     features = torch.ones(2, 6, 3)
-    assert FarthestPoints(4).chosen(features).tolist() == [[0, 1, 2, 3]] * 2
+    assert FarthestPoints(4).index(features).tolist() == [[0, 1, 2, 3]] * 2
 
 
 def test_divprune_chooses_for_each_image():
     features = torch.randn(2, 16, 8, generator=torch.Generator().manual_seed(0))
-    together = FarthestPoints(5).chosen(features)
-    assert together.tolist() == [FarthestPoints(5).chosen(features[n : n + 1])[0].tolist() for n in (0, 1)]
+    together = FarthestPoints(5).index(features)
+    assert together.tolist() == [FarthestPoints(5).index(features[n : n + 1])[0].tolist() for n in (0, 1)]
     assert together[0].tolist() != together[1].tolist()
