@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
+from onnx_ir.analysis import analyze_implicit_usage
 
 from tokexport.engines.compare import Check
 
@@ -83,7 +84,7 @@ def part_before(graph: ir.Graph, wanted: str | Sequence[str], borders: Collectio
         depth: borders to go back over on every path; at 1 the part begins at the first ones.
     """
     names, edges = [wanted] if isinstance(wanted, str) else list(wanted), set(borders)
-    values = ir.convenience.create_value_mapping(graph)
+    values, given_to = ir.convenience.create_value_mapping(graph), _given_values(graph)
     # How many borders are left to cross behind a value, by the shortest path so far.
     left: dict[ir.Value, int] = {}
     waiting = [(values[name], depth) for name in names]
@@ -93,20 +94,36 @@ def part_before(graph: ir.Graph, wanted: str | Sequence[str], borders: Collectio
             continue
         left[value] = rest
         node = value.producer()
-        for given in node.inputs if node is not None else ():
-            if given is not None:
-                waiting.append((given, rest - (given.name in edges)))
+        for given in given_to[node] if node is not None else ():
+            waiting.append((given, rest - (given.name in edges)))
     inside = {value.producer() for value in left} - {None}
     nodes = tuple(node for node in graph if node in inside)
     made = {output for node in nodes for output in node.outputs}
     inputs = dict.fromkeys(
         given.name or ""
         for node in nodes
-        for given in node.inputs
-        if given is not None and given not in made and not given.is_initializer()
+        for given in given_to[node]
+        if given not in made and not given.is_initializer()
     )
     ends = [output.name or "" for node in nodes for output in node.outputs if output.is_graph_output()]
     return Part(nodes, tuple(inputs), tuple(dict.fromkeys([*names, *ends])))
+
+
+def _given_values(graph: ir.Graph) -> Mapping[ir.Node, Sequence[ir.Value]]:
+    """Return what each node takes, and what the body of a loop reads of the values around it."""
+    read_inside = analyze_implicit_usage(graph)
+    return {
+        node: [
+            *(value for value in node.inputs if value is not None),
+            *(
+                value
+                for attribute in node.attributes.values()
+                if attribute.type == ir.AttributeType.GRAPH
+                for value in sorted(read_inside[attribute.as_graph()], key=lambda value: value.name or "")
+            ),
+        ]
+        for node in graph
+    }
 
 
 def part_graph(model: ir.Model, part: Part, given: Mapping[str, NDArray[np.generic]]) -> ir.Model:

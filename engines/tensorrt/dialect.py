@@ -11,6 +11,7 @@ from tokexport.errors import ExportError
 from tokexport.exporter.bundle import Bundle
 from tokexport.exporter.passes.fix_sizes import FixSizes
 from tokexport.exporter.passes.flash_attention_op import UseFlashAttention
+from tokexport.exporter.passes.loop_conditions import LoopConditions
 from tokexport.exporter.passes.tensorrt_attention import MaskCachedAttention
 
 
@@ -42,6 +43,7 @@ def rewritten_decoder(bundle: Bundle, capacities: Sequence[int], attention: Atte
     """
     model = ir.load(bundle.graph_path("decoder_model_merged"))
     FixSizes({"batch": 1, **{f"capacity_{group}": size for group, size in enumerate(capacities)}})(model)
+    LoopConditions()(model)
     names: Sequence[str] = ()
     if attention == "plugin":
         use = UseFlashAttention(is_plugin=True)

@@ -183,6 +183,23 @@ def test_a_part_begins_at_the_borders(borders: list[str], depth: int, nodes: lis
     assert part.outputs == ("y",)
 
 
+def test_what_a_loop_reads_of_the_values_around_it_goes_into_its_part():
+    graph = ir.from_onnx_text("""
+        <ir_version: 10, opset_import: ["": 24]>
+        g (float[2] x, int64 n) => (float[2] y) {
+            a = Neg (x)
+            b = Exp (x)
+            y = Loop (n, "", b) <body = g (int64 i, bool go, float[2] c) => (bool on, float[2] d) {
+                on = Identity (go)
+                d = Add (c, a)
+            }>
+        }""").graph
+    part = part_before(graph, "y", ["a", "b"], 1)
+    assert [node.op_type for node in part.nodes] == ["Loop"]
+    assert sorted(part.inputs) == ["a", "b", "n"]
+    assert [node.op_type for node in part_before(graph, "y", [], 1).nodes] == ["Neg", "Exp", "Loop"]
+
+
 def test_values_of_both_graphs_are_common():
     one, other = chain(), chain()
     renamed = next(node for node in other if node.op_type == "Exp")
