@@ -123,6 +123,12 @@ class Choice:
     score_BN: NDArray[np.float32]
     kept_BM: NDArray[np.int64]
 
+    @property
+    def order(self) -> NDArray[np.int64]:
+        """The same tokens (B, M) from the highest score to the lowest, of equals the first before the others."""
+        order_BM = np.argsort(-np.take_along_axis(self.score_BN, self.kept_BM, 1), axis=1, kind="stable")
+        return np.take_along_axis(self.kept_BM, order_BM, 1)
+
 
 class Session(ABC):
     """An opened model with a cache for one conversation of batch 1.

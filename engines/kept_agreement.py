@@ -75,7 +75,7 @@ def kept_agreement(
         pixel_values = processor.pixels([dialogue.image])
         prompt = Dialogue.start(processor).ask(dialogue.turns[0].question, 1)
         found = _choices(engine, pixel_values, prompt)
-        reference.follow([{layer: choice.kept_BM for layer, choice in found.items()}])
+        reference.follow([{layer: choice.order for layer, choice in found.items()}])
         expected = _choices(reference, pixel_values, prompt)
         for layer, choice in found.items():
             near, far = misplaced_tokens(choice.kept_BM, expected[layer].score_BN, tolerance)

@@ -49,11 +49,11 @@ class Transcript:
     choices: list[Mapping[int, Choice]]
 
     def kept(self) -> list[dict[int, NDArray[np.int64]]]:
-        """Return for each image which tokens each bottleneck kept, (B, M)."""
-        return [{layer: choice.kept_BM for layer, choice in chosen.items()} for chosen in self.choices]
+        """Return for each image which tokens each bottleneck kept, (B, M), from the highest score to the lowest."""
+        return [{layer: choice.order for layer, choice in chosen.items()} for chosen in self.choices]
 
     def keeps_as(self, other: "Transcript") -> bool:
-        """Say whether both kept the same tokens."""
+        """Say whether both kept the same tokens, in the same order: where one decides about the next, it matters."""
         pairs = zip(self.kept(), other.kept(), strict=True)
         return all(a.keys() == b.keys() and all(np.array_equal(a[layer], b[layer]) for layer in a) for a, b in pairs)
 

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from tokexport.exporter.modules import ops
-from tokexport.exporter.modules.span_attention import SpanAttention
+from tokexport.exporter.modules.greedy import followed_gains, greedy_gains
+from tokexport.exporter.modules.span_attention import Look
 from tokexport.exporter.plan import PositionPolicy
 
 
@@ -18,22 +19,27 @@ class Bottleneck(nn.Module, ABC):
 
     Attributes:
         positions: which rotary positions the tokens behind it have.
-        look: makes the attention that it chooses by, None for a choice without one.
+        look: makes what it chooses by, None for a choice that is the same whatever is there.
     """
 
     positions: PositionPolicy
-    look: SpanAttention | None
+    look: Look | None
 
-    def scores(self, attention_BN: Tensor) -> Tensor:
-        """Return what it chooses by, (B, N) in float32, of what ``look`` makes; N is 0 in a call without an image."""
-        return attention_BN.float()
+    def scores(self, seen: Tensor, followed_BM: Tensor | None = None) -> Tensor:
+        """Return what it chooses by, (B, N) in float32; N is 0 in a call without an image.
+
+        Args:
+            seen: what ``look`` makes.
+            followed_BM: tokens that stay in any case, from the first choice to the last, None to choose.
+        """
+        return seen.float()
 
     @abstractmethod
     def choose(self, score_BN: Tensor | None) -> Tensor:
         """Return which of N vision tokens stay, ascending: (M,) the same whatever the image, or (B, M).
 
         Args:
-            score_BN: what it chooses by, None for a choice without attention; where N is 0, so is M.
+            score_BN: what it chooses by, None where it looks at nothing; where N is 0, so is M.
         """
 
     def forward(self, x_BT: Tensor, num_before: int, num_vision: int, index: Tensor) -> Tensor:
@@ -56,7 +62,7 @@ class StaticGather(Bottleneck):
     def __init__(self, index: tuple[int, ...], positions: PositionPolicy) -> None:
         super().__init__()
         self.positions: PositionPolicy = positions
-        self.look: SpanAttention | None = None
+        self.look: Look | None = None
         # On the CPU even while the model is built on the meta device: the index is data, not a weight.
         self.register_buffer("index_M", torch.tensor(index, dtype=torch.int64, device="cpu"), persistent=False)
 
@@ -76,31 +82,62 @@ class TopTokens(nn.Module):
         return ops.top_tokens(score_BN, self.count)
 
 
+class GreedyGains(nn.Module):
+    """What each token adds to those chosen before it, of which the ``count`` highest are the choice."""
+
+    def __init__(self, count: int) -> None:
+        super().__init__()
+        self.count = count
+
+    def forward(self, kernel_BNN: Tensor, followed_BM: Tensor | None = None) -> Tensor:
+        """Return (B, N) of a kernel; see ``greedy`` for both ways."""
+        if followed_BM is None:
+            return greedy_gains(kernel_BNN, self.count)
+        return followed_gains(kernel_BNN, followed_BM)
+
+
 class ScoredGather(Bottleneck):
-    """Keep the M vision tokens with the highest scores, which are made from attention.
+    """Keep the M vision tokens with the highest scores.
 
     Args:
         count: M, whatever the image, so that every later shape is known.
-        look: makes the attention that the scores are made from.
+        look: makes what the scores are made from.
         positions: which rotary positions the tokens behind it have.
         score: makes scores (B, N) of attention (B, N); by default they are the same.
     """
 
-    def __init__(
-        self, count: int, look: SpanAttention, positions: PositionPolicy, score: nn.Module | None = None
-    ) -> None:
+    def __init__(self, count: int, look: Look, positions: PositionPolicy, score: nn.Module | None = None) -> None:
         super().__init__()
         self.positions: PositionPolicy = positions
         self.look = look
         self.score = nn.Identity() if score is None else score
         self.top = TopTokens(count)
 
-    def scores(self, attention_BN: Tensor) -> Tensor:
-        return self.score(attention_BN).float()
+    def scores(self, seen: Tensor, followed_BM: Tensor | None = None) -> Tensor:
+        return self.score(seen).float()
 
     def choose(self, score_BN: Tensor | None) -> Tensor:
         assert score_BN is not None
         return self.top(score_BN)
+
+
+class DiverseGather(ScoredGather):
+    """Keep M vision tokens, each of which adds the most to those chosen before it.
+
+    The score of a token that stays is what it added, of any other what it would have added in place of the last one, so
+    that those that stay have the highest scores.
+
+    Args:
+        count: M.
+        look: makes the kernel (B, N, N) by whose determinant tokens add to each other.
+        positions: which rotary positions the tokens behind it have.
+    """
+
+    def __init__(self, count: int, look: Look, positions: PositionPolicy) -> None:
+        super().__init__(count, look, positions, GreedyGains(count))
+
+    def scores(self, seen: Tensor, followed_BM: Tensor | None = None) -> Tensor:
+        return self.score(seen, followed_BM)
 
 
 class FeatureGather(nn.Module):

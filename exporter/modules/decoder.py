@@ -177,11 +177,11 @@ class Decoder(nn.Module):
             past_lengths: tokens already in the cache of each layer group, (G, B).
             logits_to_keep: which of the last layer's tokens get logits, (Q,), counted from 0.
             past_key_values: the cache of each layer, (B, K, C, E) twice.
-            kept_tokens: what bottlenecks that choose by attention have to keep, (B, M) by their layers, in place of
-                their own choice.
+            kept_tokens: what bottlenecks that choose have to keep, (B, M) by their layers, in place of their own
+                choice, from the first that is chosen to the last.
 
         Returns:
-            Logits (B, Q, W), the cache with the new tokens in it, and what each bottleneck chose by attention.
+            Logits (B, Q, W), the cache with the new tokens in it, and what each bottleneck chose that looks.
         """
         num_before, num_vision, num_after = prefix_embeds.shape[1], image_features.shape[1], suffix_embeds.shape[1]
         x_BTD = torch.cat((prefix_embeds, image_features, suffix_embeds), dim=1)
@@ -193,15 +193,15 @@ class Decoder(nn.Module):
             if str(index) in self.bottlenecks:
                 bottleneck = self.bottlenecks[str(index)]
                 assert isinstance(bottleneck, Bottleneck)
-                score_BN = None
+                followed, score_BN = kept_tokens.get(index), None
                 if bottleneck.look is not None:
                     seen_BTD, looking = (
                         (x_BTD, layer) if bottleneck.look.is_own else (arrived_BTD, self.layers[index - 1])
                     )
                     entered = (image_features, suffix_embeds)
-                    attention_BN = bottleneck.look(looking, seen_BTD, rope, num_before, num_vision, entered)
-                    score_BN = bottleneck.scores(attention_BN)
-                kept = kept_tokens[index] if index in kept_tokens else bottleneck.choose(score_BN)
+                    seen = bottleneck.look(looking, seen_BTD, rope, num_before, num_vision, entered)
+                    score_BN = bottleneck.scores(seen, followed)
+                kept = bottleneck.choose(score_BN) if followed is None else followed.sort(-1).values
                 if score_BN is not None:
                     choices.append((score_BN, kept))
                 x_BTD = bottleneck(x_BTD, num_before, num_vision, kept)

@@ -15,6 +15,8 @@ from onnxscript.onnx_opset import opset24
 from torch import Tensor
 from torch.nn import functional
 
+from tokexport.exporter.modules.greedy import onnx_greedy_gains
+
 
 @torch.library.custom_op("tokexport::gather_tokens", mutates_args=())
 def _gather_tokens(features_BND: Tensor, index_M: Tensor) -> Tensor:
@@ -310,4 +312,5 @@ def onnx_translations() -> dict[Callable[..., Any], Callable[..., Any]]:
         torch.ops.tokexport.gather_tokens.default: _onnx_gather_tokens,
         torch.ops.tokexport.pick_tokens.default: _onnx_pick_tokens,
         torch.ops.tokexport.top_tokens.default: _onnx_top_tokens,
+        torch.ops.tokexport.greedy_gains.default: onnx_greedy_gains,
     }

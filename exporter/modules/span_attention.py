@@ -1,10 +1,11 @@
-"""Attention to the vision tokens in the open, where a method chooses by it; the model's own attention stays fused.
+"""What bottlenecks choose by: attention to the vision tokens in the open; the model's own attention stays fused.
 
 B batch, H query heads, K key/value heads, E head width, T tokens of a call, U the last of them, N vision tokens,
 V those that entered the model, S text tokens behind them, D width
 """
 
 import math
+from abc import ABC, abstractmethod
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -15,7 +16,38 @@ if TYPE_CHECKING:
     from tokexport.exporter.modules.decoder import DecoderLayer, Rope
 
 
-class SpanAttention(nn.Module):
+class Look(nn.Module, ABC):
+    """What a bottleneck sees of the vision tokens of a call, to choose among them.
+
+    Attributes:
+        is_own: whether it is given the layer behind the bottleneck, or the one that has just run.
+    """
+
+    is_own: bool
+
+    @abstractmethod
+    def forward(
+        self,
+        layer: "DecoderLayer",
+        x_BTD: Tensor,
+        rope: "Rope",
+        num_before: int,
+        num_vision: int,
+        entered: tuple[Tensor, Tensor],
+    ) -> Tensor:
+        """Return (B, N), or (B, N, N) of each token with each.
+
+        Args:
+            layer: of the model, see ``is_own``.
+            x_BTD: what arrived at it.
+            rope: with the positions of these tokens.
+            num_before: tokens before the vision tokens.
+            num_vision: N, which is 0 without an image.
+            entered: vision tokens (B, V, D) and the text behind them (B, S, D) as they entered the model.
+        """
+
+
+class SpanAttention(Look):
     """How much later tokens of a call attend to its vision tokens.
 
     Only the rows asked for are computed, over the tokens of this call. Without an image, nothing is.
@@ -41,16 +73,7 @@ class SpanAttention(nn.Module):
         num_vision: int,
         entered: tuple[Tensor, Tensor],
     ) -> Tensor:
-        """Return shares (B, N), averaged over heads and rows; rows that are no raters count as 0.
-
-        Args:
-            layer: whose queries and keys count.
-            x_BTD: what arrived at it.
-            rope: with the positions of these tokens.
-            num_before: tokens before the vision tokens.
-            num_vision: N.
-            entered: vision tokens (B, V, D) and the text behind them (B, S, D) as they entered the model.
-        """
+        """Return shares (B, N), averaged over heads and rows; rows that are no raters count as 0."""
         x_BTD = layer.input_layernorm(x_BTD)
         num_behind = x_BTD.shape[1] - num_before - num_vision
         # Of no image there is nothing to see, and no row is needed.

@@ -79,6 +79,11 @@ def test_a_choice_by_attention_is_told_by_the_graph(see: See, step: dict[str, ob
     assert set(found[-1][1]) <= set(found[0][1])
 
 
+def test_a_choice_of_one_token_after_another_is_told_by_the_graph(see: See):
+    ((where, patches),) = places(see({"method": "cdpruner", "keep": 6}))
+    assert (where, len(patches)) == ("from layer 0 on", 6)
+
+
 def test_a_choice_by_what_the_image_shows_is_read_in_the_vision_encoder(see: See):
     found = see({"method": "divprune", "keep": 8}, {"method": "fastv", "keep": 5})
     (before, first), (_, second) = places(found)

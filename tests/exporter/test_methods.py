@@ -61,6 +61,7 @@ EXAMPLES: dict[str, Sequence[Steps]] = {
         [adsc(positions="renumber")],
         [{"method": "adsc", "drops": [{"layer": 0, "keep": 6}]}],
     ],
+    "cdpruner": [[{"method": "cdpruner", "keep": 5}], [{"method": "cdpruner", "keep": 5, "relevance": "none"}]],
     "divprune": [[{"method": "divprune", "keep": 5}]],
     "fastv": [[{"method": "fastv", "keep": 5}]],
     "metacompress": [
