@@ -7,6 +7,7 @@ from tokexport.errors import CheckpointError, InputError
 from tokexport.exporter.bundle import Bundle
 from tokexport.exporter.export import Design, design
 from tokexport.recipes.load import with_compressor
+from tokexport.recipes.schema import Recipe
 
 
 def source_design(bundle: Bundle, source: Source) -> Design:
@@ -17,10 +18,9 @@ def source_design(bundle: Bundle, source: Source) -> Design:
         InputError: an adapter or a compressor for an artefact that was made without one.
     """
     recipe = bundle.recipe
-    has_weights = any("weights" in step.options for step in recipe.compress)
     for name, given, is_used in (
         ("adapter", source.adapter, recipe.model.adapter is not None),
-        ("compressor", source.compressor, has_weights),
+        ("compressor", source.compressor, _has_learned(recipe)),
     ):
         if given is not None and not is_used:
             raise InputError(f"{bundle.path} was made without {_with_article(name)}; leave out --{name}")
@@ -42,6 +42,24 @@ def source_design(bundle: Bundle, source: Source) -> Design:
         f"{table.checkpoint} with {' and '.join(parts)} is not what {bundle.path} was made from; give the right ones "
         f"with {', '.join(options[:-1])} and {options[-1]}"
     )
+
+
+def base_fingerprint(bundle: Bundle) -> str:
+    """Return the fingerprint of the checkpoint alone that an artefact was made from.
+
+    Raises:
+        CheckpointError: the artefact does not know it, and its checkpoint is gone.
+    """
+    record, recipe = bundle.manifest.model, bundle.recipe
+    if record.base_fingerprint:
+        return record.base_fingerprint
+    if recipe.model.adapter is None and not _has_learned(recipe):
+        return record.fingerprint
+    return design(replace(recipe, model=replace(recipe.model, adapter=None), compress=())).fingerprint()
+
+
+def _has_learned(recipe: Recipe) -> bool:
+    return any("weights" in step.options for step in recipe.compress)
 
 
 def _with_article(noun: str) -> str:

@@ -55,12 +55,21 @@ _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, None)
 
 @dataclass(frozen=True, kw_only=True)
 class ModelRecord:
-    """Which model an artefact was made from."""
+    """Which model an artefact was made from.
+
+    Attributes:
+        checkpoint: its name or directory.
+        weights: whether they were read or made at random.
+        fingerprint: of all weights, an adapter's and those that methods learned among them.
+        num_parameters: of all of them.
+        base_fingerprint: of the checkpoint alone; empty in artefacts made before it was recorded.
+    """
 
     checkpoint: str
     weights: str
     fingerprint: str
     num_parameters: int
+    base_fingerprint: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)

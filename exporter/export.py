@@ -117,6 +117,12 @@ class Design:
             digest.update(name.encode() + tensor.float().numpy().tobytes())
         return digest.hexdigest()
 
+    def base(self) -> "Design":
+        """Return the design of the checkpoint alone, without an adapter and without compression."""
+        model = replace(self.model, table=replace(self.model.table, adapter=None))
+        recipe = replace(self.recipe, model=model.table, compress=())
+        return Design(recipe, model, (), self.plans[:1])
+
     def graph_io(self) -> dict[GraphName, GraphIO]:
         """Return the inputs and outputs of each graph."""
         spec, dtype = self.model.spec, self.recipe.export.dtype
@@ -219,6 +225,7 @@ def export(
                 weights=made.model.table.weights,
                 fingerprint=made.fingerprint(),
                 num_parameters=num_parameters,
+                base_fingerprint=made.base().fingerprint(),
             ),
             recipe=recipe_table(made.recipe),
             spec=made.model.spec,

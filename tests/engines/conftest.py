@@ -43,6 +43,16 @@ def with_checksums_of_today(bundle: Bundle) -> Bundle:
     return Bundle.open(bundle.path)
 
 
+def without_base_fingerprint(bundle: Bundle, **changes: str) -> Bundle:
+    """Make an artefact one of before it said which checkpoint it is from; changes are of its recipe's model."""
+    path = bundle.path / MANIFEST
+    table = json.loads(path.read_text())
+    del table["model"]["base_fingerprint"]
+    table["recipe"]["model"] |= changes
+    path.write_text(json.dumps(table))
+    return Bundle.open(bundle.path)
+
+
 @pytest.fixture
 def copied(tmp_path: Path) -> Callable[[Bundle], Bundle]:
     """Copy an artefact, to be damaged."""

@@ -1,21 +1,23 @@
 """An artefact finds the checkpoint, the adapter and the compressor that it was made from, also where they moved."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
-from tests.conftest import recipe_for, save_adapter
-from tests.engines.conftest import open_engine, pixels, words
+from tests.conftest import recipe_for, save_adapter, save_checkpoint, tiny_config
+from tests.engines.conftest import open_engine, pixels, without_base_fingerprint, words
 from tokexport.engines.backend import AS_BUILT, Session, Source
 from tokexport.engines.generate import IMAGE, Conversation
-from tokexport.engines.source import source_design
+from tokexport.engines.source import base_fingerprint, source_design
 from tokexport.errors import CheckpointError, InputError
 from tokexport.exporter.bundle import Bundle, BundleWriter
 from tokexport.exporter.compressor_file import save_compressor
 from tokexport.exporter.export import design, export
 from tokexport.exporter.methods.metacompress import MetaCompress
+from tokexport.recipes.schema import Recipe
 
 
 def logits_of(session: Session) -> np.ndarray:
@@ -113,3 +115,32 @@ def test_a_compressor_for_an_artefact_without_one_is_refused(mixed: tuple[Bundle
     with pytest.raises(InputError) as caught:
         source_design(tiny_adsc, Source(compressor=str(mixed[1])))
     assert str(caught.value) == f"{tiny_adsc.path} was made without a compressor; leave out --compressor"
+
+
+def test_an_adapter_or_what_a_method_learned_makes_no_other_model(
+    tiny_full: Bundle,
+    tiny_lora: tuple[Bundle, Path],
+    checkpoint: Path,
+    exported: Callable[[Recipe], Bundle],
+):
+    learned = exported(recipe_for(checkpoint, {"method": "relevance", "keep": 6, "weights": "untrained"}))
+    for bundle in (tiny_lora[0], learned):
+        assert bundle.manifest.model.fingerprint != tiny_full.manifest.model.fingerprint
+        assert base_fingerprint(bundle) == base_fingerprint(tiny_full)
+
+
+def test_another_checkpoint_is_another_model(tiny_full: Bundle, exported: Callable[[Recipe], Bundle], tmp_path: Path):
+    other = exported(recipe_for(save_checkpoint(tmp_path / "other", tiny_config(), seed=1)))
+    assert base_fingerprint(other) != base_fingerprint(tiny_full)
+
+
+def test_an_older_artefact_is_known_by_its_checkpoint(
+    copied: Callable[[Bundle], Bundle], tiny_full: Bundle, tiny_lora: tuple[Bundle, Path]
+):
+    assert base_fingerprint(without_base_fingerprint(copied(tiny_lora[0]))) == base_fingerprint(tiny_full)
+
+
+def test_an_older_artefact_of_the_checkpoint_alone_needs_none(copied: Callable[[Bundle], Bundle], tiny_full: Bundle):
+    assert base_fingerprint(without_base_fingerprint(copied(tiny_full), checkpoint="gone")) == base_fingerprint(
+        tiny_full
+    )
