@@ -194,6 +194,7 @@ def evaluate(
     max_text_tokens: int | None = None,
     threads: int | None = None,
     jobs: int = 1,
+    reselect: bool = False,
     model: str | None = None,
     adapter: str | None = None,
     compressor: str | None = None,
@@ -214,6 +215,7 @@ def evaluate(
         max_text_tokens=max_text_tokens,
         threads=threads,
         jobs=jobs,
+        reselect=reselect,
         source=Source(model=model, adapter=adapter, compressor=compressor),
     )
     return evaluate_artefact(

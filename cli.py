@@ -221,6 +221,11 @@ def run(artefact: Path, prompt: str, images: tuple[Path, ...], as_json: bool, qu
 @cli.command()
 @click.argument("artefact", type=click.Path(path_type=Path))
 @answer_options
+@click.option(
+    "--reselect",
+    is_flag=True,
+    help="Read images and conversation again with every question, so that vision tokens are chosen by it.",
+)
 @engine_options
 @source_options
 @output_options
@@ -241,7 +246,8 @@ def chat(artefact: Path, images: tuple[Path, ...], as_json: bool, quiet: bool, *
         elif command.startswith("/"):
             terminal.show(f"there is no command {command}; /image FILE, /reset and /quit are known")
         else:
-            waiting = _turn(chat_, line, waiting, as_json=as_json)
+            cost_to = terminal if options["reselect"] and (as_json or not quiet) else None
+            waiting = _turn(chat_, line, waiting, as_json=as_json, cost_to=cost_to)
 
 
 @cli.command()
@@ -327,7 +333,8 @@ def _open_chat(artefact: Path, options: dict[str, Any]) -> tuple["Vlm", "Chat"]:
 
 
 def _new_chat(vlm: "Vlm", options: dict[str, Any]) -> "Chat":
-    return vlm.chat(max_new_tokens=options["max_new_tokens"], sampling=_sampling(options))
+    reselect = options.get("reselect", False)
+    return vlm.chat(max_new_tokens=options["max_new_tokens"], sampling=_sampling(options), reselect=reselect)
 
 
 def _sampling(options: dict[str, Any]) -> "Sampling":
@@ -348,8 +355,13 @@ def _questions() -> Iterator[str]:
             yield line.strip()
 
 
-def _turn(chat_: "Chat", question: str, images: list[Path], *, as_json: bool) -> list[Path]:
-    """Ask and print; return the images that still wait for a question."""
+def _turn(
+    chat_: "Chat", question: str, images: list[Path], *, as_json: bool, cost_to: Terminal | None = None
+) -> list[Path]:
+    """Ask and print, and tell what choosing tokens anew cost; return the images that still wait for a question."""
+    from tokexport.engines.reselection import reselection_text
+
+    continuing = chat_.continuing_cost(question) if cost_to and not images else None
     try:
         for piece in chat_.stream(question, images):
             if not as_json:
@@ -359,7 +371,12 @@ def _turn(chat_: "Chat", question: str, images: list[Path], *, as_json: bool) ->
             raise
         click.echo(f"error: {error}", err=True)
         return images
-    click.echo(json.dumps(asdict(chat_.last))) if as_json else click.echo()
+    document = asdict(chat_.last)
+    if cost_to:
+        document["continuing"] = asdict(continuing) if continuing else None
+    click.echo(json.dumps(document)) if as_json else click.echo()
+    if cost_to:
+        cost_to.show(reselection_text(chat_.last, continuing))
     return []
 
 

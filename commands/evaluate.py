@@ -21,6 +21,9 @@ from tokexport.errors import GateError
 )
 @click.option("--turns", type=click.IntRange(min=1), help="Questions of a made dialogue, by default 3.")
 @click.option("--seed", type=click.IntRange(min=0), help="Of made dialogues, by default 0.")
+@click.option(
+    "--reselect", is_flag=True, help="Also read all again with every question, so that it chooses the vision tokens."
+)
 @engine_options
 @jobs_option
 @source_options

@@ -4,13 +4,14 @@ import contextlib
 import functools
 import json
 import os
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
+from tokexport.dialogues.schema import Dialogue
 from tokexport.engines.backend import AS_BUILT, DEFAULT_BACKEND, SessionOptions, Source, load_backend
 from tokexport.engines.environment import available_cores
 from tokexport.engines.evaluate import (
@@ -23,11 +24,12 @@ from tokexport.engines.evaluate import (
     evaluate,
 )
 from tokexport.engines.evaluation_data import DialogueSet
-from tokexport.engines.evaluation_processes import Asker, ask_in_processes
+from tokexport.engines.evaluation_processes import asking
 from tokexport.engines.intervals import Floats
 from tokexport.engines.model import Vlm
 from tokexport.engines.prompt import PromptProcessor
 from tokexport.engines.report import write_reports
+from tokexport.engines.reselection import require_choice, reselection_report
 from tokexport.engines.scoring import METRICS, Metric
 from tokexport.errors import InputError, nearest
 from tokexport.exporter.bundle import Bundle
@@ -38,6 +40,14 @@ Tick = Callable[[int, int], None]
 Listener = Callable[[ScoredAnswer], object]
 
 REPORT = "eval.json"
+
+
+class AnswerLine(Protocol):
+    """What can be written to a file of answers."""
+
+    def line(self) -> dict[str, Any]:
+        """Return one line of it."""
+        ...
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,6 +62,8 @@ class EvalOptions:
         threads: CPU threads, None for as many as there are cores.
         jobs: processes that ask at once and share the threads.
         source: for engines that run from the checkpoint.
+        reselect: read all again with every question, so that vision tokens are chosen by it; accuracy is measured
+            without and with that.
     """
 
     backend: str = DEFAULT_BACKEND
@@ -61,6 +73,7 @@ class EvalOptions:
     threads: int | None = None
     jobs: int = 1
     source: Source = AS_BUILT
+    reselect: bool = False
 
     def __post_init__(self) -> None:
         if self.metric not in METRICS:
@@ -92,6 +105,7 @@ class Accuracy:
         evaluation: what was found.
         full: the uncompressed artefact, if it was compared with one.
         comparison: with that.
+        reselected: what was found where all was read again with every question, if that was asked for.
     """
 
     bundle: Bundle
@@ -100,6 +114,7 @@ class Accuracy:
     evaluation: Evaluation
     full: Path | None = None
     comparison: Comparison | None = None
+    reselected: Evaluation | None = None
 
     def report(self) -> dict[str, Any]:
         """Return what ``tokexport eval --json`` prints; its keys are a contract."""
@@ -109,6 +124,7 @@ class Accuracy:
             **self.evaluation.report(),
             "relative_to_full": compared.relative if compared else None,
             "full": {"path": str(self.full), **asdict(compared)} if compared else None,
+            "reselect": reselection_report(self.evaluation, self.reselected) if self.reselected else None,
             **self.options.rules(),
             "dtype": bundle.recipe.export.dtype,
             "quantize": str(bundle.recipe.quantize),
@@ -148,17 +164,18 @@ def evaluate_artefact(
         InputError: data that cannot be asked or scored, too little room, or a compressed artefact as ``full``.
     """
     bundle = Bundle.open(path)
-    full_bundle = None if full is None else _uncompressed(full, options)
-    with _answer_file(answers) as listen:
-        found = _run(bundle, asked, options, listen, progress, tick)
-    result = Accuracy(bundle=bundle, asked=asked, options=options, evaluation=found)
+    full_bundle = None if full is None else _full_of(full, options)
+    if options.reselect:
+        require_choice(bundle, options.backend)
+    continuing = replace(options, reselect=False)
+    with answer_file(answers) as listen:
+        found = _run(bundle, asked, continuing, listen, progress, tick)
+    reselected = _run(bundle, asked, options, lambda _: None, progress, tick) if options.reselect else None
+    result = Accuracy(bundle=bundle, asked=asked, options=options, evaluation=found, reselected=reselected)
     if full_bundle is not None:
         full_scores = stored_scores(full_bundle, found, options)
         if full_scores is None:
-            # An adapter tunes a model to its compression; the uncompressed artefact is usually without one.
-            is_adapted = full_bundle.recipe.model.adapter is not None
-            kept = {"model": options.source.model, "adapter": options.source.adapter if is_adapted else None}
-            full_options = replace(options, source=Source(**kept))
+            full_options = options_for_full(full_bundle, options)
             full_found = _run(full_bundle, asked, full_options, lambda _: None, progress, tick)
             full_scores = full_found.scores_Q
             if store:
@@ -174,19 +191,25 @@ def _run(
 ) -> Evaluation:
     name = bundle.path.name
     progress(f"opening {name}")
-    opener = functools.partial(
-        _open_asker, bundle.path, options, options.max_text_tokens or _room(bundle, asked, options.max_new_tokens)
-    )
-    if options.jobs == 1:
-        answered: Iterator[AskedDialogue] = map(opener(), asked)
-    else:
-        answered = ask_in_processes(opener, asked, options.jobs)
-    progress(f"evaluating {name} on {asked.size} dialogues")
-    with contextlib.closing(answered) if isinstance(answered, Generator) else contextlib.nullcontext():
+    opener = functools.partial(_open_asker, bundle.path, options, room_for(bundle, asked, options))
+    with asking(opener, asked, options.jobs) as answered:
+        again = ", all read again with every question" if options.reselect else ""
+        progress(f"evaluating {name} on {asked.size} dialogues{again}")
         return evaluate(answered, listen=listen, tick=lambda done: tick(done, asked.size))
 
 
-def _open_asker(path: Path, options: EvalOptions, max_text_tokens: int) -> Asker:
+def _open_asker(path: Path, options: EvalOptions, max_text_tokens: int) -> Callable[[Dialogue], AskedDialogue]:
+    return functools.partial(
+        ask_dialogue,
+        open_vlm(path, options, max_text_tokens),
+        metric=options.metric,
+        max_new_tokens=options.max_new_tokens,
+        reselect=options.reselect,
+    )
+
+
+def open_vlm(path: Path, options: EvalOptions, max_text_tokens: int) -> Vlm:
+    """Open an artefact to ask it dialogues about one image each."""
     bundle = Bundle.open(path)
     session = SessionOptions.for_bundle(
         bundle,
@@ -195,12 +218,7 @@ def _open_asker(path: Path, options: EvalOptions, max_text_tokens: int) -> Asker
         threads=options.threads_each(),
         source=options.source,
     )
-    return functools.partial(
-        ask_dialogue,
-        Vlm(bundle, options.backend, session),
-        metric=options.metric,
-        max_new_tokens=options.max_new_tokens,
-    )
+    return Vlm(bundle, options.backend, session)
 
 
 def stored_scores(bundle: Bundle, like: Evaluation, options: EvalOptions) -> Floats | None:
@@ -210,17 +228,21 @@ def stored_scores(bundle: Bundle, like: Evaluation, options: EvalOptions) -> Flo
     return np.array(stored["scores"].split(), np.float64) if is_same else None
 
 
-def _room(bundle: Bundle, asked: DialogueSet, max_new_tokens: int) -> int:
-    needed = asked.room(PromptProcessor(bundle.path), max_new_tokens)
+def room_for(bundle: Bundle, asked: DialogueSet, options: EvalOptions) -> int:
+    """Return how many text tokens a cache for the dialogues needs room for."""
+    if options.max_text_tokens is not None:
+        return options.max_text_tokens
+    needed = asked.room(PromptProcessor(bundle.path), options.max_new_tokens)
     # A dialogue that does not fit is refused when it is asked, by its name.
     return min(max(needed, bundle.recipe.session.max_text_tokens), bundle.spec.max_positions)
 
 
-def _uncompressed(path: Path, options: EvalOptions) -> Bundle:
-    if not load_backend(options.backend).is_compressed:
-        raise InputError(
-            f"backend {options.backend!r} runs all tokens, so there is nothing to compare with {path}; leave out --full"
-        )
+def open_uncompressed(path: Path) -> Bundle:
+    """Open an artefact to which another is compared.
+
+    Raises:
+        InputError: it is compressed itself.
+    """
     bundle = Bundle.open(path)
     plan = bundle.plan
     full = TokenPlan.uncompressed(bundle.spec)
@@ -232,14 +254,34 @@ def _uncompressed(path: Path, options: EvalOptions) -> Bundle:
     return bundle
 
 
+def options_for_full(bundle: Bundle, options: EvalOptions) -> EvalOptions:
+    """Return how the uncompressed artefact is asked, given how the other one is."""
+    # An adapter tunes a model to its compression; the uncompressed artefact is usually without one.
+    is_adapted = bundle.recipe.model.adapter is not None
+    source = Source(model=options.source.model, adapter=options.source.adapter if is_adapted else None)
+    return replace(options, source=source, reselect=False)
+
+
+def _full_of(path: Path, options: EvalOptions) -> Bundle:
+    if not load_backend(options.backend).is_compressed:
+        raise InputError(
+            f"backend {options.backend!r} runs all tokens, so there is nothing to compare with {path}; leave out --full"
+        )
+    return open_uncompressed(path)
+
+
 def _store(result: Accuracy) -> None:
     result.bundle.write_report(REPORT, result.report())
     write_reports(result.bundle)
 
 
 @contextlib.contextmanager
-def _answer_file(path: Path | None) -> Generator[Listener]:
-    """Give what writes answers to a file that is there only when it is complete."""
+def answer_file(path: Path | None) -> Generator[Callable[[AnswerLine], object]]:
+    """Give what writes answers to a file that is there only when it is complete.
+
+    Raises:
+        InputError: it cannot be written.
+    """
     if path is None:
         yield lambda _: None
         return
@@ -247,7 +289,7 @@ def _answer_file(path: Path | None) -> Generator[Listener]:
     with _writing(path):
         file = part.open("w", encoding="utf-8")
 
-    def listen(answer: ScoredAnswer) -> None:
+    def listen(answer: AnswerLine) -> None:
         with _writing(path):
             file.write(json.dumps(answer.line(), ensure_ascii=False) + "\n")
 

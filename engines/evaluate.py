@@ -14,8 +14,8 @@ import numpy as np
 from PIL import Image
 
 from tokexport.dialogues.schema import Dialogue, Turn
-from tokexport.engines.intervals import Floats, Interval, ratio_intervals
-from tokexport.engines.model import Answer, Vlm
+from tokexport.engines.intervals import Floats, Interval, ratio_intervals, sum_by_dialogue
+from tokexport.engines.model import Answer, Chat, Vlm
 from tokexport.engines.scoring import ANNOTATORS, METRICS, SCORERS, Metric
 from tokexport.errors import InputError, nearest
 
@@ -63,6 +63,7 @@ class Evaluation:
         turn_Q: the number of the turn in its dialogue, from 1.
         kinds: of the questions, empty where the data has none.
         ttft_ms_Q: time to the first token.
+        read_tokens_Q: text and vision tokens read in that turn.
         sha256: of images, questions and accepted answers; equal where the data is.
         seconds: that it took.
     """
@@ -72,6 +73,7 @@ class Evaluation:
     turn_Q: np.ndarray[Any, np.dtype[np.int64]]
     kinds: tuple[str, ...]
     ttft_ms_Q: Floats
+    read_tokens_Q: Floats
     sha256: str
     seconds: float
 
@@ -137,10 +139,7 @@ class Evaluation:
         )
 
     def _by_dialogue(self, values_QC: Floats) -> Floats:
-        """Sum values (Q, C) of questions over each dialogue, (L, C)."""
-        sums_LC = np.zeros((self.num_dialogues, values_QC.shape[1]))
-        np.add.at(sums_LC, self.dialogue_Q, values_QC)
-        return sums_LC
+        return sum_by_dialogue(values_QC, self.dialogue_Q)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -173,16 +172,23 @@ class AskedDialogue:
     Attributes:
         answers: one a turn.
         ttft_ms: time to the first token, one a turn.
+        read_tokens: text and vision tokens read in each turn, as they enter the language model.
         sha256: of image, questions and accepted answers.
     """
 
     answers: tuple[ScoredAnswer, ...]
     ttft_ms: tuple[float, ...]
+    read_tokens: tuple[int, ...]
     sha256: bytes
 
 
 def ask_dialogue(
-    vlm: Vlm, dialogue: Dialogue, *, metric: Metric = "exact", max_new_tokens: int = DEFAULT_MAX_NEW_TOKENS
+    vlm: Vlm,
+    dialogue: Dialogue,
+    *,
+    metric: Metric = "exact",
+    max_new_tokens: int = DEFAULT_MAX_NEW_TOKENS,
+    reselect: bool = False,
 ) -> AskedDialogue:
     """Ask every question of a dialogue and score the answers.
 
@@ -194,6 +200,7 @@ def ask_dialogue(
         dialogue: what to ask.
         metric: ``exact`` or ``vqa``, see ``engines.scoring``.
         max_new_tokens: the longest answer.
+        reselect: read all again with every question, so that vision tokens are chosen by it.
 
     Raises:
         InputError: a dialogue that cannot be asked or scored, or too little room in the cache.
@@ -202,8 +209,25 @@ def ask_dialogue(
         raise InputError(f"there is no metric {metric!r}{nearest(metric, list(METRICS))}")
     _check(dialogue, metric)
     answers: list[ScoredAnswer] = []
-    times: list[float] = []
-    chat = vlm.chat(max_new_tokens=max_new_tokens)
+    said: list[Answer] = []
+    chat = vlm.chat(max_new_tokens=max_new_tokens, reselect=reselect)
+    for turn, asked, answer in answers_of(vlm, dialogue, chat):
+        answers.append(_score(dialogue, turn, asked, answer, metric))
+        said.append(answer)
+    return AskedDialogue(
+        answers=tuple(answers),
+        ttft_ms=tuple(first_token_ms(answer) for answer in said),
+        read_tokens=tuple(answer.prompt_tokens + answer.vision_tokens for answer in said),
+        sha256=dialogue_sha256(dialogue),
+    )
+
+
+def answers_of(vlm: Vlm, dialogue: Dialogue, chat: Chat) -> Iterator[tuple[int, Turn, Answer]]:
+    """Ask the questions of a dialogue in a chat that has just begun; yield each with its number from 1 and its answer.
+
+    Raises:
+        InputError: a question that cannot be asked, or too little room in the cache.
+    """
     for turn, asked in enumerate(dialogue.turns, 1):
         try:
             answer = chat.ask(asked.question, [dialogue.image] if turn == 1 else [])
@@ -211,10 +235,12 @@ def ask_dialogue(
             raise InputError(f"dialogue {dialogue.name}, turn {turn}: {error}") from error
         if answer.ended_by == "full cache":
             raise InputError(f"dialogue {dialogue.name}, turn {turn}: {_no_room(vlm)}")
-        answers.append(_score(dialogue, turn, asked, answer, metric))
-        # An answer that is a stop token alone has no first token.
-        times.append(answer.ttft_ms if answer.token_ids else answer.total_ms)
-    return AskedDialogue(answers=tuple(answers), ttft_ms=tuple(times), sha256=_digest(dialogue))
+        yield turn, asked, answer
+
+
+def first_token_ms(answer: Answer) -> float:
+    """Return the time to the first token; of an answer that is a stop token alone, to its end."""
+    return answer.ttft_ms if answer.token_ids else answer.total_ms
 
 
 def evaluate(
@@ -237,12 +263,14 @@ def evaluate(
     answers: list[ScoredAnswer] = []
     dialogues: list[int] = []
     times: list[float] = []
+    read: list[int] = []
     for number, one in enumerate(asked):
         for answer in one.answers:
             listen(answer)
         answers += one.answers
         dialogues += [number] * len(one.answers)
         times += one.ttft_ms
+        read += one.read_tokens
         digest.update(one.sha256)
         tick(number + 1)
     if not answers:
@@ -253,6 +281,7 @@ def evaluate(
         turn_Q=np.array([answer.turn for answer in answers], np.int64),
         kinds=tuple(answer.kind for answer in answers),
         ttft_ms_Q=np.array(times),
+        read_tokens_Q=np.array(read, np.float64),
         sha256=digest.hexdigest(),
         seconds=time.perf_counter() - started,
     )
@@ -262,8 +291,16 @@ def data_sha256(dialogues: Iterable[Dialogue]) -> str:
     """Return the ``sha256`` that an evaluation of dialogues has, without asking them."""
     digest = hashlib.sha256()
     for dialogue in dialogues:
-        digest.update(_digest(dialogue))
+        digest.update(dialogue_sha256(dialogue))
     return digest.hexdigest()
+
+
+def dialogue_sha256(dialogue: Dialogue) -> bytes:
+    """Return the SHA-256 of a dialogue's image, questions and accepted answers."""
+    digest = hashlib.sha256()
+    for part in _content(dialogue):
+        digest.update(part)
+    return digest.digest()
 
 
 def _score(dialogue: Dialogue, turn: int, asked: Turn, answer: Answer, metric: Metric) -> ScoredAnswer:
@@ -292,13 +329,6 @@ def _no_room(vlm: Vlm) -> str:
     if room + vlm.session.plan.num_positions >= positions:
         return f"the answer does not fit behind the {positions} positions of the model; ask fewer turns a dialogue"
     return f"the answer does not fit into a cache for {room} text tokens; raise --max-text-tokens"
-
-
-def _digest(dialogue: Dialogue) -> bytes:
-    digest = hashlib.sha256()
-    for part in _content(dialogue):
-        digest.update(part)
-    return digest.digest()
 
 
 def _content(dialogue: Dialogue) -> Iterator[bytes]:

@@ -54,6 +54,10 @@ class Sampling:
             raise InputError("top-k and top-p have no effect at temperature 0; set a temperature, e.g. 0.7")
 
 
+TokenChooser = Callable[[NDArray[np.float32]], int]
+"""Returns the next token of an answer, given logits (W,)."""
+
+
 class Sampler:
     """Chooses the next token from logits (W,)."""
 
@@ -64,7 +68,7 @@ class Sampler:
         return int(logits_W.argmax()) if self._draw is None else self._draw(logits_W)
 
 
-def _drawer(sampling: Sampling) -> Callable[[NDArray[np.float32]], int]:
+def _drawer(sampling: Sampling) -> TokenChooser:
     """Return a seeded draw behind the warpers of ``transformers``."""
     # Greedy runs, and so the measured memory of an engine, do without these two.
     import torch
@@ -129,21 +133,37 @@ class Conversation:
             InputError: nothing to run, images that do not match the markers, or no room left.
         """
         self._check(token_ids, images)
-        before = (self.text_tokens, self.num_images, self._position, len(self.choices))
+        before = self._counts()
         try:
             logits = [
                 self._step(prefix, image, suffix, all_logits=all_logits)
                 for prefix, image, suffix in _spans(token_ids, images)
             ]
         except BaseException:
-            # What the cache holds behind these counts is overwritten by the next tokens.
-            self.text_tokens, self.num_images, self._position, num_choices = before
-            del self.choices[num_choices:]
+            self._return_to(before)
             raise
         return np.concatenate(logits) if all_logits else logits[-1]
 
+    def probe(self, token_ids: Sequence[int]) -> NDArray[np.float32]:
+        """Run text tokens through the model as ``feed`` does, and forget them again."""
+        before = self._counts()
+        try:
+            return self.feed(token_ids)
+        finally:
+            self._return_to(before)
+
+    def restart(self) -> None:
+        """Forget all that was read.
+
+        Raises:
+            InputError: another conversation has begun on the session.
+        """
+        self._require_session()
+        self.session.reset()
+        self._return_to((0, 0, 0, 0))
+
     def answer(
-        self, logits_QW: NDArray[np.float32], sampler: Sampler, *, max_new_tokens: int, stop_ids: Sequence[int]
+        self, logits_QW: NDArray[np.float32], choose: TokenChooser, *, max_new_tokens: int, stop_ids: Sequence[int]
     ) -> Generator[int]:
         """Yield the tokens of an answer, from the logits behind the prompt until a stop token.
 
@@ -153,7 +173,7 @@ class Conversation:
         """
         self.ended_by = "interrupted"
         for _ in range(max_new_tokens):
-            token = sampler(logits_QW[-1])
+            token = choose(logits_QW[-1])
             if token in stop_ids:
                 self.ended_by = "stop token"
                 return
@@ -173,6 +193,18 @@ class Conversation:
         """Text tokens that still fit."""
         by_position = self.session.spec.max_positions - self._position
         return min(self.session.options.max_text_tokens - self.text_tokens, by_position)
+
+    def _counts(self) -> tuple[int, int, int, int]:
+        return self.text_tokens, self.num_images, self._position, len(self.choices)
+
+    def _return_to(self, counts: tuple[int, int, int, int]) -> None:
+        # What the cache holds behind these counts is overwritten by the next tokens.
+        self.text_tokens, self.num_images, self._position, num_choices = counts
+        del self.choices[num_choices:]
+
+    def _require_session(self) -> None:
+        if self.session.conversation is not self:
+            raise InputError("another conversation has begun on this session; start a new one")
 
     def _step(
         self, prefix: Sequence[int], image: Array | None, suffix: Sequence[int], *, all_logits: bool
@@ -206,8 +238,7 @@ class Conversation:
 
     def _check(self, token_ids: Sequence[int], images: Sequence[Array]) -> None:
         session, markers = self.session, sum(token == IMAGE for token in token_ids)
-        if session.conversation is not self:
-            raise InputError("another conversation has begun on this session; start a new one")
+        self._require_session()
         num_text = len(token_ids) - markers
         if not token_ids:
             raise InputError("the prompt is empty; give at least one token")

@@ -87,3 +87,15 @@ def ratio_intervals(above_LC: Floats, below_LC: Floats) -> list[Interval]:
     tail = 50 * (1 - COVERAGE)
     low_C, high_C = np.nanpercentile(np.concatenate(ratios), (tail, 100 - tail), axis=0)
     return [(float(low), float(high)) for low, high in zip(low_C, high_C, strict=True)]
+
+
+def sum_by_dialogue(values_QC: Floats, dialogue_Q: NDArray[np.int64]) -> Floats:
+    """Return sums (L, C) of what Q questions have, over each dialogue.
+
+    Args:
+        values_QC: C figures of each question.
+        dialogue_Q: the number of the dialogue of each, from 0, ascending.
+    """
+    sums_LC = np.zeros((int(dialogue_Q[-1]) + 1, values_QC.shape[1]))
+    np.add.at(sums_LC, dialogue_Q, values_QC)
+    return sums_LC

@@ -3,27 +3,39 @@
 import contextlib
 import time
 from collections.abc import Generator, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+import numpy as np
+from numpy.typing import NDArray
 from PIL import Image
 
 from tokexport.engines.backend import (
     AS_BUILT,
     DEFAULT_BACKEND,
+    Array,
     Session,
     SessionOptions,
     Source,
     load_backend,
     open_session,
 )
-from tokexport.engines.generate import Conversation, EndedBy, Sampler, Sampling
+from tokexport.engines.generate import IMAGE, Conversation, EndedBy, Sampler, Sampling, TokenChooser
 from tokexport.engines.images import as_rgb, load_image
 from tokexport.engines.prompt import Dialogue, PromptProcessor
+from tokexport.engines.reselection import require_choice
 from tokexport.errors import InputError
 from tokexport.exporter.bundle import Bundle
 
 ImageLike = Image.Image | Path | str
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReadingCost:
+    """What it takes to read a question: text tokens, and milliseconds until the model could answer."""
+
+    text_tokens: int
+    ms: float
 
 
 @dataclass
@@ -35,6 +47,7 @@ class Answer:
         token_ids: of the answer, without the stop token.
         ended_by: what ended it.
         prompt_tokens: text tokens read in this turn.
+        vision_tokens: read in this turn, as they enter the language model.
         ttft_ms: from the start of the turn, images and all, to the first token.
         total_ms: from the start of the turn to its end.
     """
@@ -43,6 +56,7 @@ class Answer:
     token_ids: list[int] = field(default_factory=list)
     ended_by: EndedBy = "interrupted"
     prompt_tokens: int = 0
+    vision_tokens: int = 0
     ttft_ms: float = 0.0
     total_ms: float = 0.0
 
@@ -58,7 +72,7 @@ class Vlm:
 
     def __init__(self, bundle: Bundle, backend: str, options: SessionOptions) -> None:
         _require_use(options.source, backend)
-        self.bundle = bundle
+        self.bundle, self._backend = bundle, backend
         self.processor = PromptProcessor(bundle.path)
         self.session: Session = open_session(bundle, backend, options)
 
@@ -77,9 +91,29 @@ class Vlm:
         """
         return self.chat(sampling=sampling, max_new_tokens=max_new_tokens).ask(prompt, images)
 
-    def chat(self, *, max_new_tokens: int = 64, sampling: Sampling | None = None) -> "Chat":
-        """Start a conversation; it ends when another one starts, as there is one cache."""
-        return Chat(self, max_new_tokens, sampling or Sampling())
+    def chat(
+        self,
+        *,
+        max_new_tokens: int = 64,
+        sampling: Sampling | None = None,
+        choose: TokenChooser | None = None,
+        reselect: bool = False,
+    ) -> "Chat":
+        """Start a conversation; it ends when another one starts, as there is one cache.
+
+        Args:
+            max_new_tokens: the longest answer.
+            sampling: how the next token is chosen, by default greedily.
+            choose: chooses it in place of that.
+            reselect: read images and conversation again with every question, so that it is this one by which vision
+                tokens are chosen.
+
+        Raises:
+            InputError: nothing is chosen by a question, so ``reselect`` has no effect.
+        """
+        if reselect:
+            require_choice(self.bundle, self._backend)
+        return Chat(self, max_new_tokens, choose or Sampler(sampling or Sampling()), reselect=reselect)
 
 
 class Chat:
@@ -89,13 +123,15 @@ class Chat:
         last: the last turn's answer, complete once its stream is exhausted.
     """
 
-    def __init__(self, vlm: Vlm, max_new_tokens: int, sampling: Sampling) -> None:
+    def __init__(self, vlm: Vlm, max_new_tokens: int, choose: TokenChooser, *, reselect: bool = False) -> None:
         if max_new_tokens < 1:
             raise InputError(f"max-new-tokens {max_new_tokens} must be at least 1")
         self._vlm, self._max_new_tokens = vlm, max_new_tokens
-        self._sampler = Sampler(sampling)
+        self._choose, self._reselects = choose, reselect
         self._dialogue = Dialogue.start(vlm.processor)
         self._conversation = Conversation(vlm.session)
+        # Of all images so far, where they are read again: what the vision encoder makes of them is the same.
+        self._features: list[Array] = []
         self.last = Answer()
 
     def ask(self, prompt: str, images: Sequence[ImageLike] = ()) -> Answer:
@@ -115,18 +151,21 @@ class Chat:
         pixels = vlm.processor.pixels([_opened(image) for image in images]) if images else None
         said, read = len(self._dialogue.messages), self._dialogue.read_text
         try:
+            if self._reselects:
+                self._dialogue.read_text = ""
             token_ids = self._dialogue.ask(prompt, len(images))
             features = vlm.session.encode_images(pixels) if pixels is not None else None
-            logits = self._conversation.feed(
-                token_ids, [] if features is None else [features[i : i + 1] for i in range(len(images))]
-            )
+            logits = self._read(token_ids, [] if features is None else np.split(features, len(images)))
         except BaseException:
             del self._dialogue.messages[said:]
             self._dialogue.read_text = read
             raise
-        self.last = answer = Answer(prompt_tokens=len(token_ids) - len(images))
+        num_images = token_ids.count(IMAGE)
+        self.last = answer = Answer(
+            prompt_tokens=len(token_ids) - num_images, vision_tokens=num_images * vlm.session.plan.entering_llm
+        )
         tokens = self._conversation.answer(
-            logits, self._sampler, max_new_tokens=self._max_new_tokens, stop_ids=vlm.processor.stop_ids
+            logits, self._choose, max_new_tokens=self._max_new_tokens, stop_ids=vlm.processor.stop_ids
         )
         try:
             with contextlib.closing(tokens):
@@ -138,6 +177,31 @@ class Chat:
             answer.ended_by = self._conversation.ended_by
             self._dialogue.hear(answer.text)
             answer.text = answer.text.strip()
+
+    def continuing_cost(self, prompt: str) -> ReadingCost | None:
+        """Return what it takes to read the next question behind the cache; it is read for that, and forgotten.
+
+        None where that cannot be: in the first turn, without room, or where the chat template rewrites earlier turns.
+        """
+        if not self._conversation.text_tokens:
+            return None
+        started, copy = time.perf_counter(), replace(self._dialogue, messages=list(self._dialogue.messages))
+        try:
+            token_ids = copy.ask(prompt, 0)
+            self._conversation.probe(token_ids)
+        except InputError:
+            return None
+        return ReadingCost(text_tokens=len(token_ids), ms=1000 * (time.perf_counter() - started))
+
+    def _read(self, token_ids: Sequence[int], features: Sequence[Array]) -> NDArray[np.float32]:
+        """Return the logits behind a prompt that brings images, or all of them again."""
+        if not self._reselects:
+            return self._conversation.feed(token_ids, features)
+        self._conversation.restart()
+        all_features = [*self._features, *features]
+        logits_QW = self._conversation.feed(token_ids, all_features)
+        self._features = all_features
+        return logits_QW
 
 
 def load(

@@ -29,6 +29,7 @@ from tokexport.engines.pages import (
     typeset,
 )
 from tokexport.engines.report_plots import GainBar, LayerRun, TimeBar, draw_gains, draw_mixing, draw_times, draw_tokens
+from tokexport.engines.reselection import RESELECTION, RESELECTION_COLUMNS, reselection_rows
 from tokexport.errors import BundleError
 from tokexport.exporter.bundle import Bundle
 from tokexport.exporter.plan import full_vision_tokens
@@ -158,6 +159,9 @@ def _contents(documents: ReportDocuments) -> dict[str, Any]:
         "profile_remark": cost_text.profile_remark(bench) if bench else "",
         "answered": list(accuracy_text.figure_rows(accuracy)) if accuracy else [],
         "accuracy_remarks": list(accuracy_text.remarks(accuracy)) if accuracy else [],
+        "reselected": list(reselection_rows(reselect)) if (reselect := (accuracy or {}).get("reselect")) else [],
+        "reselection": RESELECTION,
+        "reselection_columns": RESELECTION_COLUMNS,
         "ladder": _ladder(verify) if verify else {},
         "environment": _surroundings(documents),
     }

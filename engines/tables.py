@@ -14,6 +14,7 @@ from rich.text import Text
 from tokexport.engines.accuracy_text import figure_rows, remarks
 from tokexport.engines.compare import difference_of
 from tokexport.engines.method_cost import method_contents
+from tokexport.engines.reselection import RESELECTION, RESELECTION_COLUMNS, reselection_rows
 from tokexport.exporter.bundle import Bundle
 from tokexport.exporter.graph_io import GRAPHS, GraphName, TensorIO, node_scope, stage_name
 from tokexport.exporter.plan import TokenPlan, full_vision_tokens, keep_text
@@ -145,7 +146,14 @@ def eval_tables(report: Mapping[str, Any]) -> list[RenderableType]:
     table = new_table("", *numbers, title=title)
     for row in figure_rows(report):
         table.add_row(*row)
-    return [table, *remarks(report)]
+    tables: list[RenderableType] = [table, *remarks(report)]
+    if reselect := report.get("reselect"):
+        numbers = [Column(name, justify="right") for name in RESELECTION_COLUMNS]
+        again = new_table("", *numbers, title=RESELECTION)
+        for row in reselection_rows(reselect):
+            again.add_row(*row)
+        tables.append(again)
+    return tables
 
 
 def _ratio(report: Mapping[str, Any]) -> str:

@@ -173,6 +173,14 @@ def test_a_kind_from_outside_breaks_no_table():
     assert "| counting \\| x | 4,000 |" in render_markdown(documents(accuracy=answered()))
 
 
+def test_what_choosing_anew_gains_stands_in_both_reports():
+    pair = {name: {"continuing": 0.5, "reselected": 0.75} for name in ("accuracy", "read_tokens", "ttft_ms")}
+    entry = {**pair, "difference": 0.25, "difference_interval": [0.2, 0.3], "gained": 30, "lost": 5, "questions": 100}
+    shown = documents(accuracy=answered(reselect={**entry, "per_turn": [{"turn": 2, **entry}]}))
+    assert "| turn 2 | 50.0 -> 75.0 % | +25.00 (+20.00 to +30.00) | 30 gained, 5 lost |" in render_markdown(shown)
+    assert "turn 2 50.0 → 75.0 % +25.00 (+20.00 to +30.00) 30 gained, 5 lost" in text_of(render_html(shown))
+
+
 @pytest.mark.parametrize("missing", ["verify", "bench"])
 def test_a_page_fetches_nothing(missing: str):
     for html in (render_html(documents()), render_html(documents(**{missing: None}))):

@@ -3,12 +3,16 @@
 import json
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from tests.cli.conftest import Outcome, Run, in_process
+from tests.conftest import recipe_for
+from tokexport.exporter.bundle import Bundle
+from tokexport.recipes.schema import Recipe
 
 # What is printed where
 
@@ -331,6 +335,35 @@ def test_chat_begins_anew_after_reset(run: Run, artefact: Path):
     assert again["token_ids"] == first["token_ids"]
     assert again["prompt_tokens"] == first["prompt_tokens"]
     assert second["prompt_tokens"] != first["prompt_tokens"]
+
+
+@pytest.fixture
+def choosing(checkpoint: Path, exported: Callable[[Recipe], Bundle]) -> Path:
+    return exported(recipe_for(checkpoint, {"method": "fastv", "keep": 4, "layer": 1})).path
+
+
+def test_chat_chooses_anew_and_says_what_that_costs(run: Run, choosing: Path, picture: Path):
+    arguments = ("chat", choosing, "--image", picture, "--max-new-tokens", 2, "--reselect", "--json")
+    outcome = run(*arguments, stdin="What is it?\nAnd now?\n")
+    first, second = answers(outcome)
+    assert first["continuing"] is None
+    assert (first["vision_tokens"], second["vision_tokens"]) == (16, 16)
+    assert second["prompt_tokens"] > first["prompt_tokens"] > second["continuing"]["text_tokens"]
+    assert f"chosen anew for this question: {second['prompt_tokens']} text and 16 vision tokens read" in outcome.err
+    assert f"continuing on the cache reads {second['continuing']['text_tokens']} text tokens in" in outcome.err
+
+
+def test_chat_chooses_anew_quietly(run: Run, choosing: Path, picture: Path):
+    outcome = run(
+        "chat", choosing, "--image", picture, "--max-new-tokens", 2, "--reselect", "-q", stdin="Is it?\nAnd?\n"
+    )
+    assert (outcome.code, outcome.err) == (0, "")
+
+
+def test_chat_refuses_to_choose_anew_what_is_never_chosen(run: Run, artefact: Path):
+    outcome = run("chat", artefact, "--reselect", stdin="Hello.\n")
+    assert outcome.code == 1
+    assert outcome.error.startswith(f"{artefact} keeps the same vision tokens whatever is asked, so --reselect has no")
 
 
 def test_chat_ends_with_quit(run: Run, artefact: Path):

@@ -85,6 +85,12 @@ def test_what_cannot_be_evaluated_is_refused(
     assert outcome.error.startswith(expected.format(file=file))
 
 
+def test_choosing_anew_what_is_never_chosen_is_refused(run: Run, artefact: Path):
+    outcome = run("eval", artefact, "--reselect")
+    assert outcome.code == 1
+    assert outcome.error.startswith(f"{artefact} keeps the same vision tokens whatever is asked, so --reselect has no ")
+
+
 @pytest.mark.parametrize(
     "arguments", [["--dialogues", "0"], ["--min-accuracy", "95"], ["--metric", "soft"], ["--turns", "0"]], ids=" ".join
 )

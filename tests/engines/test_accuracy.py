@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import weakref
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -12,10 +13,11 @@ import pytest
 
 from tokexport.dialogues.generate import make_dialogue
 from tokexport.dialogues.jsonl import write_jsonl
+from tokexport.dialogues.schema import Dialogue
 from tokexport.engines.accuracy import Accuracy, EvalOptions, evaluate_artefact
 from tokexport.engines.evaluate import AskedDialogue
 from tokexport.engines.evaluation_data import DialogueSet, open_dialogues
-from tokexport.engines.evaluation_processes import Asker, ask_in_processes
+from tokexport.engines.evaluation_processes import ask_in_processes, asking
 from tokexport.engines.prompt import PromptProcessor
 from tokexport.engines.scoring import normalise
 from tokexport.errors import InputError, TokexportError
@@ -242,13 +244,36 @@ def _die(_dialogue: object) -> AskedDialogue:
     os._exit(9)
 
 
-def _dying() -> Asker:
+def _dying() -> Callable[[object], AskedDialogue]:
     return _die
 
 
 def test_a_process_that_ends_is_told():
     with pytest.raises(TokexportError, match=r"^one of 2 processes ended, perhaps for lack of memory;"):
         list(ask_in_processes(_dying, open_dialogues(dialogues=4), 2))
+
+
+class _Engine:
+    """Asks, and refers to itself as a session and its conversation do."""
+
+    def __init__(self) -> None:
+        self.conversation = self
+
+    def __call__(self, dialogue: Dialogue) -> str:
+        return dialogue.name
+
+
+def test_an_engine_is_closed_when_all_is_asked():
+    engines: list[weakref.ref[_Engine]] = []
+
+    def opened() -> _Engine:
+        engine = _Engine()
+        engines.append(weakref.ref(engine))
+        return engine
+
+    with asking(opened, open_dialogues(dialogues=2), 1) as answers:
+        assert list(answers) == ["test-000000", "test-000001"]
+    assert engines[0]() is None
 
 
 @pytest.mark.parametrize(("threads", "jobs", "expected"), [(8, 2, 4), (3, 2, 1), (1, 4, 1), (5, 1, 5), (None, 1, None)])

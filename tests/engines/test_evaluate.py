@@ -72,6 +72,7 @@ def evaluation(scores: Sequence[float], *, turns: int = 1, kinds: Sequence[str] 
         turn_Q=index_Q % turns + 1,
         kinds=tuple(kinds) or ("",) * len(scores),
         ttft_ms_Q=np.ones(len(scores)),
+        read_tokens_Q=np.ones(len(scores)),
         sha256="0",
         seconds=1.0,
     )

@@ -317,3 +317,21 @@ def test_a_temperature_that_makes_logits_overflow_is_refused_or_greedy(thin: Ses
     except InputError:
         return
     assert answer(thin, sampling, 3) == answer(thin, Sampling(), 3)
+
+
+def test_a_probe_is_what_feeding_would_be(full: Session):
+    conversation = Conversation(full)
+    conversation.feed([*TEXT, IMAGE, *MORE], features(full, 1))
+    before = (conversation.text_tokens, conversation.room, conversation.lengths)
+    probed = conversation.probe(REST)
+    assert (conversation.text_tokens, conversation.room, conversation.lengths) == before
+    np.testing.assert_array_equal(conversation.feed(REST), probed)
+
+
+def test_a_restarted_conversation_is_a_new_one(full: Session):
+    conversation = Conversation(full)
+    expected = conversation.feed([*TEXT, IMAGE, *MORE], features(full, 1))
+    conversation.feed(REST)
+    conversation.restart()
+    assert (conversation.text_tokens, conversation.num_images, conversation.choices) == (0, 0, [])
+    np.testing.assert_array_equal(conversation.feed([*TEXT, IMAGE, *MORE], features(full, 1)), expected)
