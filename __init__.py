@@ -17,12 +17,13 @@ if TYPE_CHECKING:
     from tokexport.engines.accuracy import Accuracy
     from tokexport.engines.bench import Bench
     from tokexport.engines.build import Built
+    from tokexport.engines.loyalty import Loyalty
     from tokexport.engines.model import Vlm
     from tokexport.engines.parity import Verification
     from tokexport.engines.scoring import Metric
     from tokexport.recipes.schema import Bits
 
-__all__ = ["bench", "build", "evaluate", "load", "plan", "verify"]
+__all__ = ["bench", "build", "evaluate", "load", "loyalty", "plan", "verify"]
 
 # Imports stand inside the functions: "import tokexport" does not wait for torch.
 
@@ -225,4 +226,70 @@ def evaluate(
         full=None if full is None else Path(full),
         answers=None if answers is None else Path(answers),
         store=store,
+    )
+
+
+def loyalty(
+    path: str | Path,
+    full: str | Path,
+    data: str | None = None,
+    *,
+    images: str | Path | None = None,
+    questions: str | Path | None = None,
+    dialogues: int | None = None,
+    turns: int | None = None,
+    seed: int | None = None,
+    answers: str | Path | None = None,
+    store: bool = True,
+    backend: str = "ort",
+    max_new_tokens: int | None = None,
+    max_text_tokens: int | None = None,
+    threads: int | None = None,
+    jobs: int = 1,
+    reselect: bool = False,
+) -> "Loyalty":
+    """Measure how near an artefact stays to the uncompressed one; ``report()`` of the result is the JSON.
+
+    Args:
+        path: the artefact.
+        full: the uncompressed one.
+        data: dialogues, see ``evaluate``, if it is not ``images``.
+        images: a folder of images to ask ``questions`` about.
+        questions: a file of them, None for five open ones.
+        dialogues: how many, or how many images.
+        turns: questions of a made dialogue, None for 3.
+        seed: of made dialogues, None for 0.
+        answers: a file for every answer.
+        store: keep the result in the reports of the artefact.
+        backend: the engine of both.
+        max_new_tokens: the longest answer, None for 16, about images 64.
+        max_text_tokens: room for the text of a dialogue, None for what the data needs.
+        threads: CPU threads, None for one per core.
+        jobs: processes that ask at once.
+        reselect: read all again with every question, so that vision tokens are chosen by it.
+    """
+    from tokexport.engines.accuracy import EvalOptions
+    from tokexport.engines.evaluate import DEFAULT_MAX_NEW_TOKENS
+    from tokexport.engines.evaluation_data import open_unlabelled
+    from tokexport.engines.loyalty import OPEN_ANSWER_TOKENS, loyalty_of
+
+    usual = DEFAULT_MAX_NEW_TOKENS if images is None else OPEN_ANSWER_TOKENS
+    options = EvalOptions(
+        backend=backend,
+        max_new_tokens=usual if max_new_tokens is None else max_new_tokens,
+        max_text_tokens=max_text_tokens,
+        threads=threads,
+        jobs=jobs,
+        reselect=reselect,
+    )
+    asked = open_unlabelled(
+        data,
+        dialogues=dialogues,
+        turns=turns,
+        seed=seed,
+        images=None if images is None else Path(images),
+        questions=None if questions is None else Path(questions),
+    )
+    return loyalty_of(
+        Path(path), Path(full), asked, options, answers=None if answers is None else Path(answers), store=store
     )

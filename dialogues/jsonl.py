@@ -6,6 +6,8 @@
 
 ``image`` is absolute or relative to the file. ``answers``, a list, takes the place of ``answer`` where several are
 right. ``id`` and a turn's ``kind`` may be left out.
+
+A file of questions alone holds one a line, as it stands or as one turn of the above.
 """
 
 import json
@@ -23,8 +25,12 @@ _LINE_FIELDS = ["id", "image", "turns"]
 _TURN_FIELDS = ["question", "answer", "answers", "kind"]
 
 
-def read_jsonl(path: Path) -> list[Dialogue]:
+def read_jsonl(path: Path, *, needs_answers: bool = True) -> list[Dialogue]:
     """Read dialogues, in the file's order; images are found, not opened. Blank lines are skipped.
+
+    Args:
+        path: the file.
+        needs_answers: refuse questions without an answer.
 
     Raises:
         InputError: the file, or a line of it, is not as expected; the text names line and field.
@@ -33,7 +39,8 @@ def read_jsonl(path: Path) -> list[Dialogue]:
     line_of: dict[str, int] = {}
     for number, line in _lines(path):
         where = f"{path}, line {number}"
-        dialogue = _dialogue(where, path.parent, _parse(where, line), str(number))
+        fields = _as_object(where, _parse(where, line), "with image and turns")
+        dialogue = _dialogue(where, path.parent, fields, str(number), needs_answers=needs_answers)
         first = line_of.setdefault(dialogue.name, number)
         if first != number:
             raise InputError(
@@ -43,6 +50,22 @@ def read_jsonl(path: Path) -> list[Dialogue]:
     if not dialogues:
         raise InputError(f"{path} holds no dialogue; expected one JSON object a line")
     return dialogues
+
+
+def read_questions(path: Path) -> tuple[Turn, ...]:
+    """Read questions, one a line: text, or JSON objects where the first line is one. Blank lines are skipped.
+
+    Raises:
+        InputError: the file, or a line of it, is not as expected; the text names line and field.
+    """
+    lines = [(f"{path}, line {number}", line) for number, line in _lines(path)]
+    if not lines:
+        raise InputError(f"{path} holds no question; expected one a line")
+    if lines[0][1].startswith("{"):
+        return tuple(_turn(where, _parse(where, line), needs_answers=False) for where, line in lines)
+    return tuple(
+        Turn(question=_text(where, "question", {"question": line}, "the question"), answers=()) for where, line in lines
+    )
 
 
 def write_jsonl(dialogues: Iterable[Dialogue], folder: Path) -> Path:
@@ -97,19 +120,18 @@ def _lines(path: Path) -> Iterator[tuple[int, str]]:
             yield number, text
 
 
-def _parse(where: str, line: str) -> dict[str, Any]:
+def _parse(where: str, line: str) -> object:
     try:
-        found = json.loads(line)
+        return json.loads(line)
     except json.JSONDecodeError as error:
         raise InputError(
             f"{where}: not JSON ({error.msg} at character {error.colno}); expected one JSON object a line"
         ) from error
     except (RecursionError, ValueError) as error:
         raise InputError(f"{where}: cannot be read ({error}); expected one JSON object a line") from error
-    return _as_object(where, found, "with image and turns")
 
 
-def _dialogue(where: str, folder: Path, fields: dict[str, Any], number: str) -> Dialogue:
+def _dialogue(where: str, folder: Path, fields: dict[str, Any], number: str, *, needs_answers: bool) -> Dialogue:
     _check_fields(where, fields, _LINE_FIELDS)
     name = fields.get("id", number)
     # Numbers are common as ids in the files of data sets.
@@ -122,9 +144,8 @@ def _dialogue(where: str, folder: Path, fields: dict[str, Any], number: str) -> 
     turns = fields.get("turns")
     if not isinstance(turns, list) or not turns:
         raise InputError(f"{where}: turns {_came(fields, 'turns')}; give a list of at least one question and answer")
-    return Dialogue(
-        name=name, image=image, turns=tuple(_turn(f"{where}: turns[{i}]", turn) for i, turn in enumerate(turns))
-    )
+    asked = (_turn(f"{where}: turns[{i}]", turn, needs_answers=needs_answers) for i, turn in enumerate(turns))
+    return Dialogue(name=name, image=image, turns=tuple(asked))
 
 
 def _is_file(path: Path) -> bool:
@@ -135,7 +156,7 @@ def _is_file(path: Path) -> bool:
         return False
 
 
-def _turn(where: str, found: object) -> Turn:
+def _turn(where: str, found: object, *, needs_answers: bool) -> Turn:
     fields = _as_object(where, found, "with question and answer")
     _check_fields(where, fields, _TURN_FIELDS)
     if "answer" in fields and "answers" in fields:
@@ -144,7 +165,8 @@ def _turn(where: str, found: object) -> Turn:
     kind = fields.get("kind", "")
     if not isinstance(kind, str):
         raise InputError(f"{where}: kind {_came(fields, 'kind')}; give a text or leave it out")
-    return Turn(question=question, answers=_answers(where, fields), kind=kind)
+    has_answers = needs_answers or "answer" in fields or "answers" in fields
+    return Turn(question=question, answers=_answers(where, fields) if has_answers else (), kind=kind)
 
 
 def _answers(where: str, fields: dict[str, Any]) -> tuple[str, ...]:

@@ -11,7 +11,7 @@ Split = Literal["train", "validation", "test"]
 
 @dataclass(frozen=True, kw_only=True)
 class Turn:
-    """A question and every answer that counts as right; the first is the reference."""
+    """A question and every answer that counts as right; the first is the reference. Without a label there is none."""
 
     question: str
     answers: tuple[str, ...]

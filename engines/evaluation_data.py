@@ -7,15 +7,27 @@ from itertools import islice
 from pathlib import Path
 from typing import cast, get_args
 
+from PIL import Image
+
 from tokexport.dialogues.generate import make_dialogue
-from tokexport.dialogues.jsonl import read_jsonl
-from tokexport.dialogues.schema import Dialogue, Split
+from tokexport.dialogues.jsonl import read_jsonl, read_questions
+from tokexport.dialogues.schema import Dialogue, Split, Turn
+from tokexport.engines.images import load_image
 from tokexport.engines.prompt import Message, PromptProcessor
 from tokexport.errors import InputError, nearest
 
 SPLITS: tuple[Split, ...] = get_args(Split)
 DEFAULT_DIALOGUES = 2000
 DEFAULT_TURNS = 3
+
+OPEN_QUESTIONS = (
+    "Describe the image.",
+    "Which objects are in the image?",
+    "How many are there of each?",
+    "What colors do they have?",
+    "What text is in the image?",
+)
+"""What is asked about images of one's own, one after the other."""
 
 # Generated questions come from few patterns: so many dialogues, and a fifth on top, show how long they get.
 _PROBED = 32
@@ -31,12 +43,14 @@ class DialogueSet:
         size: how many there are.
         get: returns one by its number.
         is_made: whether they are made when asked for, or all at hand.
+        common_questions: those of every dialogue, empty where they differ.
     """
 
     description: Mapping[str, str | int]
     size: int
     get: Callable[[int], Dialogue]
     is_made: bool
+    common_questions: tuple[str, ...] = ()
 
     def __iter__(self) -> Iterator[Dialogue]:
         return map(self.get, range(self.size))
@@ -56,7 +70,12 @@ class DialogueSet:
 
 
 def open_dialogues(
-    data: str = "test", *, dialogues: int | None = None, turns: int | None = None, seed: int | None = None
+    data: str = "test",
+    *,
+    dialogues: int | None = None,
+    turns: int | None = None,
+    seed: int | None = None,
+    needs_answers: bool = True,
 ) -> DialogueSet:
     """Return the dialogues of a generated split or of a file.
 
@@ -65,6 +84,7 @@ def open_dialogues(
         dialogues: how many, None for 2,000 generated ones or the whole file.
         turns: of a generated dialogue, None for 3.
         seed: of the generator, None for 0.
+        needs_answers: refuse questions of a file without an answer.
 
     Raises:
         InputError: an unknown split, no such file, a malformed one, or a number that does not fit it.
@@ -82,7 +102,93 @@ def open_dialogues(
     for name, value in (("turns", turns), ("seed", seed)):
         if value is not None:
             raise InputError(f"{name} {value} has no effect on the dialogues of a file; leave it out")
-    return _from_file(data, dialogues)
+    return _from_file(data, dialogues, needs_answers=needs_answers)
+
+
+def open_unlabelled(
+    data: str | None = None,
+    *,
+    dialogues: int | None = None,
+    turns: int | None = None,
+    seed: int | None = None,
+    images: Path | None = None,
+    questions: Path | None = None,
+    tick: Callable[[int, int], None] = lambda _done, _total: None,
+) -> DialogueSet:
+    """Return dialogues that need no answers: those of ``open_dialogues``, or about ``images``, see ``open_images``.
+
+    Raises:
+        InputError: what both raise, or an argument that would have no effect.
+    """
+    if images is None:
+        if questions is not None:
+            raise InputError(
+                f"--questions {questions} has no effect without --images, the folder of what is asked about; add it"
+            )
+        return open_dialogues(data or "test", dialogues=dialogues, turns=turns, seed=seed, needs_answers=False)
+    for name, value in (("data", data), ("turns", turns), ("seed", seed)):
+        if value is not None:
+            raise InputError(f"--{name} {value} has no effect on --images {images}; leave one of them out")
+    return open_images(images, questions=questions, images=dialogues, tick=tick)
+
+
+def open_images(
+    folder: Path,
+    *,
+    questions: Path | None = None,
+    images: int | None = None,
+    tick: Callable[[int, int], None] = lambda _done, _total: None,
+) -> DialogueSet:
+    """Return dialogues about the images of a folder, in the order of their names, all of the same questions.
+
+    Images are the files whose names end as a format does that Pillow reads. Folders inside and hidden files are left
+    out. Each image is read once, so that a damaged one is found before the work begins.
+
+    Args:
+        folder: with the images.
+        questions: a file, see ``dialogues.jsonl.read_questions``; None for ``OPEN_QUESTIONS``.
+        images: how many, None for all.
+        tick: told how many are read.
+
+    Raises:
+        InputError: no such folder, no image in it or too few, one that cannot be read, or no such questions.
+    """
+    turns = (
+        tuple(Turn(question=question, answers=()) for question in OPEN_QUESTIONS)
+        if questions is None
+        else read_questions(questions)
+    )
+    paths = _image_files(folder)
+    if images is not None and images > len(paths):
+        raise InputError(f"{images} images are more than the {len(paths)} of {folder}; ask for fewer or leave it out")
+    paths = paths[:images]
+    for number, path in enumerate(paths, 1):
+        try:
+            load_image(path)
+        except InputError as error:
+            raise InputError(f"{error}, or take it out of the folder") from error
+        tick(number, len(paths))
+    dialogues = [Dialogue(name=path.name, image=path, turns=turns) for path in paths]
+    asked = tuple(turn.question for turn in turns)
+    description = {"images": folder.resolve().name, "questions": len(turns)}
+    return DialogueSet(description, len(dialogues), dialogues.__getitem__, is_made=False, common_questions=asked)
+
+
+def _image_files(folder: Path) -> list[Path]:
+    if not folder.is_dir():
+        what = "is a file" if folder.exists() else "does not exist"
+        raise InputError(f"the folder {folder} {what}; give a folder of images")
+    endings = {ending for ending, name in Image.registered_extensions().items() if name in Image.OPEN}
+    paths = sorted(
+        path
+        for path in folder.iterdir()
+        if path.suffix.lower() in endings and path.is_file() and not path.name.startswith(".")
+    )
+    if not paths:
+        raise InputError(
+            f"the folder {folder} holds no image; give one with PNG, JPEG, WebP or other image files in it"
+        )
+    return paths
 
 
 def _generated(data: str, size: int, turns: int, seed: int) -> DialogueSet:
@@ -95,11 +201,11 @@ def _generated(data: str, size: int, turns: int, seed: int) -> DialogueSet:
     )
 
 
-def _from_file(data: str, size: int | None) -> DialogueSet:
+def _from_file(data: str, size: int | None, *, needs_answers: bool) -> DialogueSet:
     path = Path(data)
     if not path.suffix and not path.exists():
         raise InputError(f"{data!r} is no split and no JSON-lines file{nearest(data, list(SPLITS))}")
-    read = read_jsonl(path)
+    read = read_jsonl(path, needs_answers=needs_answers)
     if size is not None and size > len(read):
         raise InputError(f"{size} dialogues are more than the {len(read)} of {path}; ask for fewer or leave it out")
     return DialogueSet({"file": path.name}, size or len(read), read.__getitem__, is_made=False)

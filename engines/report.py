@@ -11,7 +11,7 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-from tokexport.engines import accuracy_text, cost_text
+from tokexport.engines import accuracy_text, cost_text, loyalty_text
 from tokexport.engines.compare import difference_of
 from tokexport.engines.mixing import made_image
 from tokexport.engines.pages import (
@@ -45,6 +45,7 @@ class ReportDocuments:
     bench: Mapping[str, Any] | None
     accuracy: Mapping[str, Any] | None = None
     mixing: Mapping[str, Any] | None = None
+    loyalty: Mapping[str, Any] | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -123,6 +124,7 @@ def write_reports(bundle: Bundle) -> tuple[Path, Path]:
         bench=bundle.read_report("bench.json"),
         accuracy=bundle.read_report("eval.json"),
         mixing=bundle.read_report("mixing.json"),
+        loyalty=bundle.read_report("loyalty.json"),
     )
     markdown = bundle.write_report("report.md", render_markdown(documents))
     return markdown, bundle.write_report("report.html", render_html(documents))
@@ -145,6 +147,7 @@ def _contents(documents: ReportDocuments) -> dict[str, Any]:
             *_planned_headlines(plan),
             _speed_headline(plan, bench, arms),
             *_accuracy_headline(accuracy),
+            *_loyalty_headline(documents.loyalty),
             _parity_headline(verify),
         ],
         "findings": list(_findings(verify, arms, gates)),
@@ -162,6 +165,9 @@ def _contents(documents: ReportDocuments) -> dict[str, Any]:
         "reselected": list(reselection_rows(reselect)) if (reselect := (accuracy or {}).get("reselect")) else [],
         "reselection": RESELECTION,
         "reselection_columns": RESELECTION_COLUMNS,
+        "loyalty_columns": loyalty_text.COLUMNS,
+        "loyal": list(loyalty_text.loyalty_rows(documents.loyalty)) if documents.loyalty else [],
+        "loyalty_remarks": list(loyalty_text.loyalty_remarks(documents.loyalty)) if documents.loyalty else [],
         "ladder": _ladder(verify) if verify else {},
         "environment": _surroundings(documents),
     }
@@ -205,6 +211,12 @@ def _accuracy_headline(accuracy: Mapping[str, Any] | None) -> Iterable[Headline]
     if accuracy is not None:
         value, detail = accuracy_text.headline(accuracy)
         yield Headline(label="Accuracy", value=value, detail=detail)
+
+
+def _loyalty_headline(loyalty: Mapping[str, Any] | None) -> Iterable[Headline]:
+    if loyalty is not None:
+        value, detail = loyalty_text.loyalty_headline(loyalty)
+        yield Headline(label="Loyalty", value=value, detail=detail)
 
 
 def _findings(
@@ -325,6 +337,7 @@ def _surroundings(documents: ReportDocuments) -> dict[str, list[tuple[str, str]]
         "Versions": machine.get("versions", {}),
         "Workload": bench.get("workload", {}),
         "Accuracy": accuracy_text.settings(documents.accuracy) if documents.accuracy else {},
+        "Loyalty": loyalty_text.loyalty_settings(documents.loyalty) if documents.loyalty else {},
         "Parity": {key: verify[key] for key in ("backend", "dtype", "seconds") if key in verify},
     }
     return {

@@ -13,6 +13,7 @@ from rich.text import Text
 
 from tokexport.engines.accuracy_text import figure_rows, remarks
 from tokexport.engines.compare import difference_of
+from tokexport.engines.loyalty_text import COLUMNS, loyalty_remarks, loyalty_rows
 from tokexport.engines.method_cost import method_contents
 from tokexport.engines.reselection import RESELECTION, RESELECTION_COLUMNS, reselection_rows
 from tokexport.exporter.bundle import Bundle
@@ -154,6 +155,18 @@ def eval_tables(report: Mapping[str, Any]) -> list[RenderableType]:
             again.add_row(*row)
         tables.append(again)
     return tables
+
+
+def loyalty_tables(report: Mapping[str, Any]) -> list[RenderableType]:
+    """Return how near an artefact stays to the uncompressed model, overall, by turn and by kind."""
+    title = (
+        f"loyalty, {report['dialogues']:,} dialogues, answers of at most {report['max_new_tokens']} tokens, "
+        f"{report['backend']}, {report['dtype']}"
+    )
+    table = new_table("", *(Column(name, justify="right", overflow="fold") for name in COLUMNS), title=title)
+    for row in loyalty_rows(report):
+        table.add_row(*row)
+    return [table, *loyalty_remarks(report)]
 
 
 def _ratio(report: Mapping[str, Any]) -> str:

@@ -173,6 +173,36 @@ def test_a_kind_from_outside_breaks_no_table():
     assert "| counting \\| x | 4,000 |" in render_markdown(documents(accuracy=answered()))
 
 
+def loyal(**changes: Any) -> dict[str, Any]:
+    share = {"mean": 0.9, "interval": [0.85, 0.95]}
+    kl = {"mean": 0.125, "interval": [0.1, 0.15], "p50": 0.05, "p90": 0.5, "p99": 2.0}
+    figure = {"token_agreement": share, "answer_agreement": share, "agreeing_prefix": {**share, "mean": 7.25}}
+    figure |= {"first_token_kl": kl, "questions": 50, "answer_tokens": 9.5, "ttft_ms": {"full": 90.0, "own": 60.0}}
+    setting = {"backend": "ort", "dialogues": 50, "max_new_tokens": 64, "weights": "checkpoint", "reselect": False}
+    turns = [{"turn": 1, "question": "What | is it?", **figure}, {"turn": 2, "question": "How many?", **figure}]
+    rest = {"per_turn": turns, "per_kind": {}, "full": "out/full", "data": {"images": "photos"}}
+    return {**figure, **setting, **rest, **changes}
+
+
+def test_loyalty_stands_in_both_reports():
+    shown = documents(loyalty=loyal())
+    markdown, page = render_markdown(shown), text_of(render_html(shown))
+    cells = "90.0 % (85.0 to 95.0) | 7.2 of 9.5 | 90.0 % (85.0 to 95.0) | 0.12 (0.1 to 0.15) | 0.05, 0.5, 2 |"
+    assert f"| turn 2 | 50 | {cells}" in markdown
+    assert "asked in turn: What \\| is it? How many?" in markdown
+    assert "turn 2 50 90.0 % (85.0 to 95.0)" in page
+    assert "first token after 90.0 ms with all tokens, 60.0 ms compressed" in markdown
+    assert "| Loyalty | **90.0 %** | of the full model's tokens; 90.0 % of its answers" in markdown
+
+
+def test_loyalty_that_was_not_measured_has_no_section():
+    assert "Loyalty" not in render_markdown(documents()) + render_html(documents())
+
+
+def test_loyalty_of_random_weights_is_said_to_mean_little():
+    assert "the weights are random, so loyalty means" in render_markdown(documents(loyalty=loyal(weights="random")))
+
+
 def test_what_choosing_anew_gains_stands_in_both_reports():
     pair = {name: {"continuing": 0.5, "reselected": 0.75} for name in ("accuracy", "read_tokens", "ttft_ms")}
     entry = {**pair, "difference": 0.25, "difference_interval": [0.2, 0.3], "gained": 30, "lost": 5, "questions": 100}

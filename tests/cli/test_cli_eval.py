@@ -85,10 +85,50 @@ def test_what_cannot_be_evaluated_is_refused(
     assert outcome.error.startswith(expected.format(file=file))
 
 
-def test_choosing_anew_what_is_never_chosen_is_refused(run: Run, artefact: Path):
-    outcome = run("eval", artefact, "--reselect")
+def test_loyalty_is_measured_on_images_of_ones_own(
+    run: Run, own: Path, tiny_full: Bundle, picture: Path, tmp_path: Path
+):
+    (tmp_path / "questions.txt").write_text("What is it?\nHow many are there?\n")
+    where = ("--full", tiny_full.path, "--images", picture.parent, "--questions", tmp_path / "questions.txt")
+    outcome = run("eval", own, "--loyalty", *where, "--max-new-tokens", 2, "--threads", 1, "--json")
+    assert outcome.code == 0
+    document = outcome.document
+    assert document.keys() >= {"token_agreement", "answer_agreement", "agreeing_prefix", "first_token_kl", "per_turn"}
+    assert [turn["question"] for turn in document["per_turn"]] == ["What is it?", "How many are there?"]
+    assert json.loads((own / "reports" / "loyalty.json").read_text()) == document
+    assert "asked in turn: What is it? How many are there?" in outcome.err
+
+
+def test_loyalty_is_measured_on_the_dialogues_of_accuracy(run: Run, own: Path, tiny_full: Bundle):
+    outcome = run("eval", own, "--loyalty", "--full", tiny_full.path, *SHORT, "--no-store", "--json")
+    assert (outcome.document["questions"], outcome.document["data"]["split"]) == (6, "test")
+    assert not (own / "reports" / "loyalty.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["--loyalty"], "--loyalty is to the uncompressed model, which was not given; name its artefact"),
+        (["--loyalty", "--full", "{adsc}"], "{adsc} is compressed itself (16 -> 9 tokens"),
+        (["--images", "photos"], "--images photos has no effect without --loyalty, as accuracy needs right answers;"),
+        (["--questions", "a.txt"], "--questions a.txt has no effect without --loyalty"),
+        (["--loyalty", "--full", "{full}", "--questions", "a.txt"], "--questions a.txt has no effect without --images"),
+        (["--loyalty", "--full", "{full}", "--images", "gone"], "the folder gone does not exist; give a folder of"),
+        (["--loyalty", "--full", "{full}", "--images", "p", "--turns", "2"], "--turns 2 has no effect on --images p;"),
+        (["--loyalty", "--full", "{full}", "--images", "p", "--data", "x"], "--data x has no effect on --images p;"),
+        (["--loyalty", "--full", "{full}", "--min-accuracy", "0.5"], "--min-accuracy 0.5 has no effect on --loyalty,"),
+        (["--loyalty", "--full", "{full}", "--metric", "vqa"], "--metric vqa has no effect on --loyalty,"),
+        (["--reselect"], "{adsc} keeps the same vision tokens whatever is asked, so --reselect has no effect; it is"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_what_has_no_effect_is_refused(
+    run: Run, artefact: Path, tiny_full: Bundle, arguments: list[str], expected: str
+):
+    names = {"adsc": artefact, "full": tiny_full.path}
+    outcome = run("eval", artefact, *(argument.format(**names) for argument in arguments))
     assert outcome.code == 1
-    assert outcome.error.startswith(f"{artefact} keeps the same vision tokens whatever is asked, so --reselect has no ")
+    assert outcome.error.startswith(expected.format(**names))
 
 
 @pytest.mark.parametrize(
