@@ -53,7 +53,7 @@ def _chooses_by_question(bundle: Bundle) -> bool:
     methods = load_methods(bundle.recipe.compress)
     with torch.device("meta"):
         return any(
-            bottleneck.look is not None
+            bottleneck.look is not None and bottleneck.look.reads_text
             for method, arriving in zip(methods, arriving_plans(methods, bundle.spec), strict=False)
             for bottleneck in method.bottlenecks(bundle.spec, arriving).values()
         )

@@ -33,6 +33,7 @@ class ConditionalKernel(Look):
     def __init__(self, relevance: Relevance) -> None:
         super().__init__()
         self.is_own = True
+        self.reads_text = relevance != "none"
         self._relevance = relevance
 
     def forward(

@@ -21,9 +21,11 @@ class Look(nn.Module, ABC):
 
     Attributes:
         is_own: whether it is given the layer behind the bottleneck, or the one that has just run.
+        reads_text: whether what it sees depends on the text of the call.
     """
 
     is_own: bool
+    reads_text: bool = True
 
     @abstractmethod
     def forward(

@@ -1,6 +1,7 @@
 """Vision tokens chosen anew for every question: by what, at what cost, and what is refused."""
 
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,12 @@ from tokexport.engines.evaluation_data import open_dialogues
 from tokexport.engines.generate import Conversation
 from tokexport.engines.model import Answer, Chat, ReadingCost, Vlm
 from tokexport.engines.prompt import Dialogue
-from tokexport.engines.reselection import reselection_report, reselection_rows, reselection_text
+from tokexport.engines.reselection import (
+    require_choice,
+    reselection_report,
+    reselection_rows,
+    reselection_text,
+)
 from tokexport.errors import InputError
 from tokexport.exporter.bundle import Bundle
 from tokexport.recipes.schema import Recipe
@@ -209,6 +215,15 @@ def test_a_conversation_whose_session_was_taken_says_so(choosing: Bundle, pictur
 def test_a_choice_without_the_question_is_refused(tiny_adsc: Bundle):
     with pytest.raises(InputError, match=r"keeps the same vision tokens whatever is asked, so --reselect has no"):
         open_vlm(tiny_adsc).chat(reselect=True)
+
+
+@pytest.mark.parametrize("relevance", ["like", "none"])
+def test_a_choice_that_reads_no_text_is_refused(tiny_full: Bundle, relevance: str):
+    table = {"method": "cdpruner", "keep": 4, "relevance": relevance}
+    manifest = tiny_full.manifest
+    bundle = replace(tiny_full, manifest=replace(manifest, recipe={**manifest.recipe, "compress": [table]}))
+    with pytest.raises(InputError) if relevance == "none" else nullcontext():
+        require_choice(bundle, "ort")
 
 
 def test_an_engine_that_runs_all_tokens_is_refused(choosing: Bundle):
