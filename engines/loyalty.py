@@ -173,14 +173,7 @@ def loyalty_of(
         require_choice(bundle, options.backend)
     _require_one_model(bundle, full_bundle)
     room = max(room_for(bundle, asked, options), room_for(full_bundle, asked, options))
-    full_options = options_for_full(full_bundle, options)
-    told: dict[str, tuple[ToldAnswer, ...]] = {}
-    progress(f"opening {full.name}")
-    with asking(functools.partial(_open_teller, full, full_options, room), asked, options.jobs) as tellings:
-        progress(f"asking {full.name} {asked.size} dialogues")
-        for number, (name, telling) in enumerate(tellings, 1):
-            told[name] = telling
-            tick(number, asked.size)
+    told = _told(full_bundle, asked, options_for_full(full_bundle, options), room, progress, tick)
     found: list[FollowedAnswer] = []
     dialogues: list[int] = []
     progress(f"opening {path.name}")
@@ -207,6 +200,21 @@ def loyalty_of(
         bundle.write_report(REPORT, result.report())
         write_reports(bundle)
     return result
+
+
+def _told(
+    full: Bundle, asked: DialogueSet, options: EvalOptions, room: int, progress: Progress, tick: Tick
+) -> dict[str, tuple[ToldAnswer, ...]]:
+    """Return how the uncompressed model answers each dialogue, by its name."""
+    told: dict[str, tuple[ToldAnswer, ...]] = {}
+    name = full.path.name
+    progress(f"opening {name}")
+    with asking(functools.partial(_open_teller, full.path, options, room), asked, options.jobs) as tellings:
+        progress(f"asking {name} {asked.size} dialogues")
+        for number, (dialogue, telling) in enumerate(tellings, 1):
+            told[dialogue] = telling
+            tick(number, asked.size)
+    return told
 
 
 def _open_teller(
