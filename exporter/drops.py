@@ -3,7 +3,7 @@
 import bisect
 import contextlib
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Self
@@ -62,9 +62,10 @@ class Dropping(Method):
         if plan.mean_vision_tokens == tokens:
             return self
         counts = [plan.per_layer[drop.layer] for drop in self.drops]
+        scales = dict(_scaled(counts, self.countable(arriving), arriving.entering_llm))
         best: list[tuple[float, float, Self]] = []
         for layers, factors in _placements([drop.layer for drop in self.drops], spec.num_layers).items():
-            found = self._nearest_at(layers, counts, spec, arriving, tokens)
+            found = self._nearest_at(layers, scales, spec, arriving, tokens)
             if found is not None:
                 mean, scale, changed = found
                 best.append((mean, min(abs(math.log(scale / factor)) for factor in factors), changed))
@@ -78,23 +79,26 @@ class Dropping(Method):
         return range(LEAST_KEEP, arriving.entering_llm)
 
     def _nearest_at(
-        self, layers: tuple[int, ...], counts: Sequence[int], spec: VlmSpec, arriving: TokenPlan, tokens: int
+        self,
+        layers: tuple[int, ...],
+        scales: Mapping[tuple[int, ...], float],
+        spec: VlmSpec,
+        arriving: TokenPlan,
+        tokens: int,
     ) -> tuple[float, float, Self] | None:
         """Return mean, scale and schedule of the counts that come nearest to a budget with these layers."""
         stretches = [after - before for before, after in pairwise((*layers, spec.num_layers))]
         before = layers[0] * arriving.entering_llm
-        scaled = {
-            keeps: (before + sum(keep * stretch for keep, stretch in zip(keeps, stretches, strict=True)), scale)
-            for keeps, scale in _scaled(counts, self.countable(arriving), arriving.entering_llm)
+        totals = {
+            keeps: before + sum(keep * stretch for keep, stretch in zip(keeps, stretches, strict=True))
+            for keeps in scales
         }
-        for keeps, (total, scale) in sorted(
-            scaled.items(), key=lambda item: abs(item[1][0] - tokens * spec.num_layers)
-        ):
+        for keeps, total in sorted(totals.items(), key=lambda item: abs(item[1] - tokens * spec.num_layers)):
             drops = tuple(Drop(layer=layer, keep=keep) for layer, keep in zip(layers, keeps, strict=True))
             with contextlib.suppress(RecipeError):
                 changed = replace(self, drops=drops)
                 changed.plan(spec, arriving)
-                return total / spec.num_layers, scale, changed
+                return total / spec.num_layers, scales[keeps], changed
         return None
 
     def for_num_layers(self, before: int, after: int) -> Self:
