@@ -1,12 +1,16 @@
-"""Which options of a method meet a budget: a mean of vision tokens per decoder layer."""
+"""Which options of a method meet a budget: a mean of vision tokens per decoder layer, or what a plan may cost."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import TypeVar
 
 from tokexport.errors import RecipeError
+from tokexport.exporter.plan import TokenPlan
 
 TOLERANCE = 0.02
 """A budget is met by a mean that differs from it by at most this part."""
+
+Load = Callable[[TokenPlan], float]
+"""Returns the part of a budget that a plan takes up, 1 being all of it; with fewer tokens it is less."""
 
 Choice = TypeVar("Choice")
 
@@ -40,3 +44,16 @@ def nearest_choice(choices: Iterable[tuple[float, Choice]], tokens: int, where: 
             f"{' or '.join(nearest)}"
         )
     return best
+
+
+def fullest_choice(choices: Iterable[tuple[float, Choice]]) -> Choice | None:
+    """Return what takes up most of a budget and not more than all, or the least where all are more; None of nothing.
+
+    Args:
+        choices: the part of the budget that each takes up, and what takes it.
+    """
+    found = list(choices)
+    fitting = [choice for choice in found if choice[0] <= 1]
+    if fitting:
+        return max(fitting, key=lambda choice: choice[0])[1]
+    return min(found, key=lambda choice: choice[0])[1] if found else None

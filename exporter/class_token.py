@@ -1,6 +1,8 @@
 """Methods that choose vision tokens by what the vision tower's class token attends to."""
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from tokexport.errors import RecipeError
 from tokexport.exporter.method import Method
@@ -29,6 +31,11 @@ class ByClassToken(Method):
                 f"which an earlier method left {arriving.entering_llm}; put {self.name} first"
             )
         return arriving.thinned_before_llm(resolve_keep(self.keep, arriving.emitted, f"[[compress]] {self.name}:"))
+
+    @classmethod
+    def choices(cls, spec: VlmSpec) -> Mapping[str, Sequence[Any]]:
+        layer_before = (spec.class_token_layers or 0) - 2
+        return {**super().choices(spec), "tower_layer": (None, layer_before) if layer_before >= 0 else (None,)}
 
     def layer_read(self, spec: VlmSpec) -> int:
         """Return the number of the tower layer whose attention counts.

@@ -6,15 +6,33 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
-from typing import Self
+from typing import Any, Self
 
 from tokexport.errors import RecipeError
-from tokexport.exporter.budget import is_met, nearest_choice
+from tokexport.exporter.budget import Load, fullest_choice, is_met, nearest_choice
 from tokexport.exporter.method import Method
-from tokexport.exporter.plan import LEAST_KEEP, TokenPlan, VlmSpec, moved_layers, resolve_keep, scaled_layers
+from tokexport.exporter.plan import (
+    LEAST_KEEP,
+    TokenPlan,
+    VlmSpec,
+    even_grids,
+    moved_layers,
+    resolve_keep,
+    scaled_layers,
+)
 
 # How finely schedules for a budget are searched.
 _STEPS_A_LAYER, _SCALES = 32, 400
+# How often fewer tokens are tried until a schedule costs what it may, and how many fewer at least.
+_TRIES, _FEWER = 12, 0.98
+
+# Schedules to start from, in parts of the layers and of all tokens: what differs is how early and how much is dropped.
+_SHAPES = (
+    ((1 / 4, 1 / 2), (1 / 2, 1 / 4), (3 / 4, 1 / 8)),
+    ((1 / 8, 0.4),),
+    ((3 / 8, 0.21), (5 / 8, 0.085)),
+    ((0, 3 / 4), (3 / 8, 1 / 12)),
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,6 +92,31 @@ class Dropping(Method):
         every = met[:1] or [(mean, changed) for mean, _, changed in best]
         return nearest_choice(every, tokens, f"[[compress]] {self.name}:")
 
+    @classmethod
+    def choices(cls, spec: VlmSpec) -> Mapping[str, Sequence[Any]]:
+        return {**super().choices(spec), "drops": _schedules(spec)}
+
+    def within(self, spec: VlmSpec, arriving: TokenPlan, load: Load) -> Self:
+        """Return the schedule with as many tokens as a budget allows, moved and thinned as ``for_budget`` does it."""
+        tried: list[tuple[float, Self]] = []
+        # Nothing costs less than as many tokens in every layer: attention costs their square, all else is linear.
+        tokens = max(
+            (n for n in range(LEAST_KEEP, arriving.entering_llm) if load(arriving.thinned_before_layer(0, n)) <= 1),
+            default=LEAST_KEEP,
+        )
+        for _ in range(_TRIES):
+            over = 1.0
+            with contextlib.suppress(RecipeError):
+                changed = self.for_budget(spec, arriving, tokens)
+                over = load(changed.plan(spec, arriving))
+                tried.append((over, changed))
+                if over <= 1:
+                    break
+            tokens = min(tokens - 1, int(tokens * min(_FEWER, over**-0.5)))
+            if tokens < LEAST_KEEP:
+                break
+        return fullest_choice(tried) or self
+
     def countable(self, arriving: TokenPlan) -> Sequence[int]:
         """Return the token counts that a bottleneck may keep, ascending."""
         return range(LEAST_KEEP, arriving.entering_llm)
@@ -106,6 +149,21 @@ class Dropping(Method):
         return replace(
             self, drops=tuple(replace(drop, layer=layer) for drop, layer in zip(self.drops, layers, strict=True))
         )
+
+
+def _schedules(spec: VlmSpec) -> list[tuple[Drop, ...]]:
+    """Return the shapes as schedules of a model, of counts that also make grids."""
+    full = spec.num_vision_tokens
+    counts = list(even_grids(spec.vision_grid))
+    schedules: list[tuple[Drop, ...]] = []
+    for shape in _SHAPES:
+        if not counts or len(shape) > spec.num_layers:
+            continue
+        layers = moved_layers([round(part * spec.num_layers) for part, _ in shape], 1, spec.num_layers)
+        keeps = [_nearest(counts, part * full) for _, part in shape]
+        if all(before > after for before, after in pairwise((full, *keeps))):
+            schedules.append(tuple(Drop(layer=layer, keep=keep) for layer, keep in zip(layers, keeps, strict=True)))
+    return schedules
 
 
 def _placements(layers: Sequence[int], num_layers: int) -> dict[tuple[int, ...], list[float]]:

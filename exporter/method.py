@@ -5,15 +5,16 @@ defines one frozen dataclass, a subclass of ``Method``, whose fields are the rec
 """
 
 import contextlib
+import itertools
 import sys
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields, replace
-from typing import TYPE_CHECKING, ClassVar, Self
+from dataclasses import MISSING, dataclass, fields, replace
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self, get_args, get_origin, get_type_hints
 
 from tokexport.errors import RecipeError
 from tokexport.exporter import methods
-from tokexport.exporter.budget import nearest_choice
+from tokexport.exporter.budget import Load, fullest_choice, nearest_choice
 from tokexport.exporter.graph_io import stage_name
 from tokexport.exporter.plan import LEAST_KEEP, TokenPlan, VlmSpec
 from tokexport.exporter.registry import list_plugins, load_plugin
@@ -106,14 +107,72 @@ class Method(ABC):
                 f"[[compress]] {self.name} has no option that a budget sets; compare it without one, in a recipe of "
                 "its own"
             )
-        return nearest_choice(self._counts(spec, arriving), tokens, f"[[compress]] {self.name}:")
+        means = ((plan.mean_vision_tokens, changed) for plan, changed in self._counts(spec, arriving))
+        return nearest_choice(means, tokens, f"[[compress]] {self.name}:")
 
-    def _counts(self, spec: VlmSpec, arriving: TokenPlan) -> "Iterator[tuple[float, Self]]":
-        """Yield the method with every count that it takes, and the mean of tokens per layer."""
+    @classmethod
+    def choices(cls, spec: VlmSpec) -> Mapping[str, Sequence[Any]]:  # noqa: ARG003 - for those that read it
+        """Return the values that a search tries of each option that it changes; others have their defaults.
+
+        By default all words of an option that is a choice of words, and a ``keep`` to start from.
+        """
+        hints = get_type_hints(cls)
+        words = {name: get_args(hint) for name, hint in hints.items() if get_origin(hint) is Literal}
+        return {"keep": (0.5,), **words} if "keep" in hints else words
+
+    @classmethod
+    def variants(cls, spec: VlmSpec) -> "list[Self]":
+        """Return the forms of the method that a search tries: every combination of ``choices`` that fits the model.
+
+        Raises:
+            RecipeError: none does, or there is an option that nobody but the user can choose.
+        """
+        choices, name = cls.choices(spec), cls.__module__.rpartition(".")[2]
+        missing = [
+            field.name
+            for field in fields(cls)
+            if field.default is MISSING and field.default_factory is MISSING and field.name not in choices
+        ]
+        if missing:
+            options = " and ".join(missing)
+            raise RecipeError(
+                f"[[compress]] {name} needs {options}, which only a recipe can give; give one that has them"
+            )
+        found: list[Self] = []
+        reasons: list[RecipeError] = []
+        for values in itertools.product(*choices.values()):
+            try:
+                made = cls(**dict(zip(choices, values, strict=True)))
+                made.plan(spec, TokenPlan.uncompressed(spec))
+            except RecipeError as error:
+                reasons.append(error)
+            else:
+                found.append(made)
+        if not found:
+            raise reasons[0] if reasons else RecipeError(f"[[compress]] {name} has no form that fits so small a model")
+        return found
+
+    def within(self, spec: VlmSpec, arriving: TokenPlan, load: Load) -> Self:
+        """Return the method with as many tokens as a budget allows, or with the fewest where that is too many.
+
+        By default an option ``keep`` is set to the count that does so, all others staying as they are; a method without
+        one stays as it is.
+
+        Args:
+            spec: of the model.
+            arriving: the plan before the method.
+            load: the part of the budget that a plan takes up, 1 being all of it.
+        """
+        if "keep" not in (field.name for field in fields(self)):
+            return self
+        return fullest_choice((load(plan), changed) for plan, changed in self._counts(spec, arriving)) or self
+
+    def _counts(self, spec: VlmSpec, arriving: TokenPlan) -> "Iterator[tuple[TokenPlan, Self]]":
+        """Yield the method with every count that it takes, and the plan behind it."""
         for count in range(LEAST_KEEP, arriving.entering_llm):
             with contextlib.suppress(RecipeError):
                 changed = replace(self, **{"keep": count})
-                yield changed.plan(spec, arriving).mean_vision_tokens, changed
+                yield changed.plan(spec, arriving), changed
 
 
 def list_methods() -> list[str]:

@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from typing import Literal, Self
 
 from tokexport.errors import RecipeError
+from tokexport.exporter.budget import Load
 from tokexport.exporter.method import Method
 from tokexport.exporter.plan import PositionPolicy, TokenPlan, VlmSpec, even_grids, resolve_keep
 
@@ -77,6 +78,9 @@ class Windowed(Method, ABC):
         if self.plan(spec, arriving).mean_vision_tokens == tokens:
             return self
         return super(Windowed, replace(self, kernel=None, stride=None)).for_budget(spec, arriving, tokens)
+
+    def within(self, spec: VlmSpec, arriving: TokenPlan, load: Load) -> Self:
+        return super(Windowed, replace(self, kernel=None, stride=None)).within(spec, arriving, load)
 
     def windows(self, arriving: TokenPlan) -> Windows:
         """Return the windows over the tokens that arrive.

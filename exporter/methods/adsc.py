@@ -5,10 +5,10 @@ extra module: the model, tuned with the bottlenecks in place, moves what matters
 that stay. In a graph every bottleneck is a gather with a constant index.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from tokexport.errors import RecipeError
 from tokexport.exporter.drops import Dropping
@@ -50,6 +50,11 @@ class Adsc(Dropping):
         if self.pattern == "grid":
             self._grids(plan, arriving)
         return plan
+
+    @classmethod
+    def choices(cls, spec: VlmSpec) -> Mapping[str, Sequence[Any]]:
+        # Attention is causal: only the last token of a cell has seen the others.
+        return {**super().choices(spec), "phase": (0.5, 0.99)}
 
     def countable(self, arriving: TokenPlan) -> Sequence[int]:
         if self.pattern == "grid" and arriving.grid is not None:

@@ -3,8 +3,9 @@
 The choice is made when the image comes in, by the question that comes with it, and later turns have to live with it.
 """
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING, Any, Self
 
 from tokexport.errors import RecipeError
 from tokexport.exporter.drops import Drop, plan_drop
@@ -37,6 +38,10 @@ class FastV(Method):
 
     def plan(self, spec: VlmSpec, arriving: TokenPlan) -> TokenPlan:
         return plan_drop(arriving, spec, Drop(layer=self.layer, keep=self.keep), "[[compress]] fastv")
+
+    @classmethod
+    def choices(cls, spec: VlmSpec) -> Mapping[str, Sequence[Any]]:
+        return {**super().choices(spec), "layer": sorted({1, 2, 3, spec.num_layers // 4} - {0})}
 
     def bottlenecks(self, spec: VlmSpec, arriving: TokenPlan) -> "dict[int, Bottleneck]":
         from tokexport.exporter.modules.bottleneck import ScoredGather  # planning does without torch

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, ClassVar, Self
 
 from tokexport.errors import RecipeError
-from tokexport.exporter.budget import is_met
+from tokexport.exporter.budget import Load, is_met
 from tokexport.exporter.bundled import settled
 from tokexport.exporter.method import UNTRAINED
 from tokexport.exporter.plan import TokenPlan, VlmSpec
@@ -67,6 +67,9 @@ class MetaCompress(Windowed):
                 f"layer, not {tokens}; train others for it with 'tokexport train metacompress'"
             )
         return super().for_budget(spec, arriving, tokens)
+
+    def within(self, spec: VlmSpec, arriving: TokenPlan, load: Load) -> Self:
+        return super().within(spec, arriving, load) if self.weights == UNTRAINED else self
 
     def settled(self) -> Self:
         return self if self.weights == UNTRAINED else replace(self, weights=settled(self.weights))

@@ -8,9 +8,9 @@ many, as the shapes of a graph do not depend on data. Tokens stay in their order
 the last of the tower with all heads as one; here it is the penultimate, as the paper says.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from tokexport.errors import RecipeError
 from tokexport.exporter.class_token import ByClassToken
@@ -40,6 +40,10 @@ class PruMerge(ByClassToken):
                 f"{arriving.emitted} vision tokens that the tower emits"
             )
         return super().plan(spec, arriving)
+
+    @classmethod
+    def choices(cls, spec: VlmSpec) -> Mapping[str, Sequence[Any]]:
+        return {**super().choices(spec), "plus": (False, True)}
 
     def feature_stage(self, spec: VlmSpec, arriving: TokenPlan) -> "nn.Module":
         from tokexport.exporter.modules.prumerge import AttendedWithNeighbours  # planning does without torch

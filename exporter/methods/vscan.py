@@ -5,8 +5,9 @@ second drops tokens before a layer of the language model by the last token's att
 that layer; this choice is made by the question that comes with the image, and later turns have to live with it.
 """
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING, Any, Self
 
 from tokexport.errors import RecipeError
 from tokexport.exporter.class_token import ByClassToken
@@ -51,6 +52,12 @@ class VScan(ByClassToken):
                 f"windows; keep at least {2 * self._num_windows(arriving)}, or raise window"
             )
         return plan_drop(plan, spec, Drop(layer=self.layer, keep=self.keep_inside), "[[compress]] vscan")
+
+    @classmethod
+    def choices(cls, spec: VlmSpec) -> Mapping[str, Sequence[Any]]:
+        # The paper's places: layer 5 of 23 in the tower, 16 of 32 in the language model.
+        early = (spec.class_token_layers or 0) // 4
+        return {**super().choices(spec), "local_layer": (early,), "layer": (spec.num_layers // 2,)}
 
     def feature_stage(self, spec: VlmSpec, arriving: TokenPlan) -> "nn.Module":
         from tokexport.exporter.modules.vscan import LocalAndGlobal  # planning does without torch
