@@ -5,7 +5,9 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import cast, get_args
+from typing import Any, cast, get_args
+
+import numpy as np
 
 from PIL import Image
 
@@ -60,6 +62,16 @@ class DialogueSet:
         if self.is_made:
             return [int(self.description["turns"])] * self.size
         return [len(dialogue.turns) for dialogue in self]
+
+    def dialogue_numbers(self) -> "np.ndarray[Any, np.dtype[np.int64]]":
+        """Return the number of the dialogue of every question, from 0."""
+        return np.repeat(np.arange(self.size), self.turn_counts())
+
+    def part(self, first: int, size: int) -> "DialogueSet":
+        """Return ``size`` dialogues from the one with the number ``first`` on."""
+        assert 0 <= first <= first + size <= self.size, (first, size, self.size)
+        moved = functools.partial(_get_moved, self.get, first)
+        return DialogueSet({**self.description, "first": first}, size, moved, is_made=self.is_made)
 
     def room(self, processor: PromptProcessor, max_new_tokens: int) -> int:
         """Return the text tokens of the longest dialogue, the longest answers included."""
@@ -209,6 +221,10 @@ def _from_file(data: str, size: int | None, *, needs_answers: bool) -> DialogueS
     if size is not None and size > len(read):
         raise InputError(f"{size} dialogues are more than the {len(read)} of {path}; ask for fewer or leave it out")
     return DialogueSet({"file": path.name}, size or len(read), read.__getitem__, is_made=False)
+
+
+def _get_moved(get: Callable[[int], Dialogue], first: int, number: int) -> Dialogue:
+    return get(first + number)
 
 
 def _num_tokens(processor: PromptProcessor, dialogue: Dialogue, max_new_tokens: int) -> int:

@@ -52,6 +52,7 @@ class RecipeComparison:
         losses: one a recipe where several precisions were asked for, by compression, by precision and by both.
         failures: the error of each recipe that could not be built or evaluated, by its name.
         settings: of the evaluation and the measurement.
+        contestants: the compressed recipes, as they are judged.
     """
 
     rows: tuple[Mapping[str, Any], ...]
@@ -59,6 +60,7 @@ class RecipeComparison:
     losses: tuple[Loss, ...]
     failures: Mapping[str, str]
     settings: Mapping[str, Any]
+    contestants: tuple[Contestant, ...]
 
     def report(self) -> dict[str, Any]:
         """Return what ``tokexport compare --json`` prints; its keys are a contract."""
@@ -109,7 +111,7 @@ def compare_recipes(
             precision that means nothing.
     """
     full = _full(recipes)
-    _require_one_model([full, *(recipe for recipe in recipes if recipe is not full)])
+    require_one_model([full, *(recipe for recipe in recipes if recipe is not full)])
     sized = at_budgets(recipes, budgets)
     made = at_precisions(sized.recipes, precisions)
     # Made dialogues are known by their recipe, those of a file by what they hold.
@@ -119,7 +121,7 @@ def compare_recipes(
     arms: list[Arm] = []
     for recipe in sorted(made.recipes, key=lambda recipe: recipe is not full):
         try:
-            bundle = _artefact(recipe, folder / recipe.name, options, progress)
+            bundle = artefact_of(recipe, folder / recipe.name, options, progress)
             compared = None if recipe is full else folder / full.name
             answered[recipe.name] = _answered(bundle, asked, data, options, compared, progress, tick)
         except TokexportError as error:
@@ -129,7 +131,7 @@ def compare_recipes(
             progress(f"{recipe.name} failed: {error}")
         else:
             arms.append(Arm(bundle=bundle, engine=options.backend, method=recipe.name))
-    measured = _measured(arms, options, full.plan.text_tokens, repeats, progress, tick)
+    measured = measure_recipes(arms, options, full.plan.text_tokens, repeats, progress, tick)
     rows = {
         arm.method: {
             **_costs(arm.bundle, full, sized.budgets.get(made.bases.get(arm.method, arm.method))),
@@ -140,9 +142,10 @@ def compare_recipes(
     }
     ordered = tuple(rows[recipe.name] for recipe in made.recipes if recipe.name in rows)
     answers = _Answers(answered, full.name, asked)
+    contestants = _contestants(ordered, answers)
     found = RecipeComparison(
         rows=ordered,
-        verdicts=_verdicts(ordered, answers),
+        verdicts=find_verdicts(contestants, answers.dialogue_Q),
         losses=find_losses([row["recipe"] for row in ordered], full.name, made, answers.differ),
         failures=failures,
         settings={
@@ -154,6 +157,7 @@ def compare_recipes(
             "text_tokens": full.plan.text_tokens,
             "environment": vars(describe_environment(options.threads)),
         },
+        contestants=contestants,
     )
     write_atomically(folder / REPORT, json.dumps(found.report(), indent=2, default=str) + "\n")
     write_atomically(folder / TABLE, found.markdown())
@@ -176,8 +180,12 @@ def _full(recipes: Sequence[Recipe]) -> Recipe:
     return full[0]
 
 
-def _require_one_model(recipes: Sequence[Recipe]) -> None:
-    """Refuse recipes of different models. An adapter tunes a model to its compression and makes no other of it."""
+def require_one_model(recipes: Sequence[Recipe]) -> None:
+    """Refuse recipes of different models. An adapter tunes a model to its compression and makes no other of it.
+
+    Raises:
+        InputError: two are of different models, or one cannot be read.
+    """
     names: dict[str, str] = {}
     seen: list[ModelTable] = []
     for recipe in recipes:
@@ -200,7 +208,7 @@ def _require_one_model(recipes: Sequence[Recipe]) -> None:
         )
 
 
-def _artefact(recipe: Recipe, path: Path, options: EvalOptions, progress: Progress) -> Bundle:
+def artefact_of(recipe: Recipe, path: Path, options: EvalOptions, progress: Progress) -> Bundle:
     """Return the artefact that stands there if it is the recipe's, else make it."""
     made = design(recipe)
     try:
@@ -245,7 +253,7 @@ class _Answers:
     def __init__(self, answered: Mapping[str, Mapping[str, Any]], full: str, asked: DialogueSet) -> None:
         self._answered = answered
         self._sha256 = answered[full]["data"]["sha256"]
-        self.dialogue_Q = np.repeat(np.arange(asked.size), asked.turn_counts())
+        self.dialogue_Q = asked.dialogue_numbers()
 
     def scores_of(self, name: str) -> Floats | None:
         """Return the scores (Q,) of a recipe, None where they are of other questions or not stored."""
@@ -263,8 +271,8 @@ class _Answers:
         return paired_difference(scores_Q, other_Q, self.dialogue_Q)
 
 
-def _verdicts(rows: Sequence[Mapping[str, Any]], answers: _Answers) -> tuple[Verdict, ...]:
-    contestants = [
+def _contestants(rows: Sequence[Mapping[str, Any]], answers: _Answers) -> tuple[Contestant, ...]:
+    return tuple(
         Contestant(
             recipe=row["recipe"],
             is_control=row["is_control"],
@@ -277,8 +285,7 @@ def _verdicts(rows: Sequence[Mapping[str, Any]], answers: _Answers) -> tuple[Ver
         )
         for row in rows
         if row["compressed"]
-    ]
-    return find_verdicts(contestants, answers.dialogue_Q)
+    )
 
 
 def _page(found: RecipeComparison, bundles: Sequence[Bundle], asked: DialogueSet, options: EvalOptions) -> str:
@@ -302,9 +309,10 @@ def _page(found: RecipeComparison, bundles: Sequence[Bundle], asked: DialogueSet
     return render_comparison(found.report(), [processor.seen(image) for image in images], ordered)
 
 
-def _measured(
+def measure_recipes(
     arms: Sequence[Arm], options: EvalOptions, text_tokens: int, repeats: int, progress: Progress, tick: Tick
 ) -> dict[str, dict[str, Any]]:
+    """Let artefacts take turns, and return the times and the memory of each by its recipe's name."""
     workload = Workload(text_tokens=text_tokens, new_tokens=8)
     sessions = SessionOptions.for_bundle(
         arms[0].bundle,

@@ -91,7 +91,7 @@ def find_verdicts(contestants: Sequence[Contestant], dialogue_Q: NDArray[np.int6
     """
     controls = [one for one in contestants if one.is_control]
     return tuple(
-        _verdict(one, control, dialogue_Q) if (control := _control_of(one, controls)) else Verdict(recipe=one.recipe)
+        judge(one, control, dialogue_Q) if (control := _control_of(one, controls)) else Verdict(recipe=one.recipe)
         for one in contestants
         if not one.is_control
     )
@@ -103,7 +103,8 @@ def _control_of(method: Contestant, controls: Sequence[Contestant]) -> Contestan
     return min(near, key=lambda one: (abs(one.tokens - method.tokens), -one.accuracy), default=None)
 
 
-def _verdict(method: Contestant, control: Contestant, dialogue_Q: NDArray[np.int64]) -> Verdict:
+def judge(method: Contestant, control: Contestant, dialogue_Q: NDArray[np.int64]) -> Verdict:
+    """Return how one recipe stands to another one."""
     gained = lost = None
     if method.scores_Q is not None and control.scores_Q is not None:
         basis: Basis = "paired"

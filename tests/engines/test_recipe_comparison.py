@@ -10,7 +10,7 @@ from tokexport.dialogues.generate import make_dialogue
 from tokexport.dialogues.jsonl import write_jsonl
 from tokexport.engines.accuracy import EvalOptions
 from tokexport.engines.evaluation_data import open_dialogues
-from tokexport.engines.recipe_comparison import RecipeComparison, _require_one_model, compare_recipes
+from tokexport.engines.recipe_comparison import RecipeComparison, compare_recipes, require_one_model
 from tokexport.errors import InputError
 from tokexport.recipes.load import override
 from tokexport.recipes.schema import Recipe
@@ -155,7 +155,7 @@ def test_a_model_that_cannot_be_read_is_told_before_anything_is_built(checkpoint
 def test_an_adapter_makes_no_other_model(checkpoint: Path, tmp_path: Path):
     adapter = save_adapter(tmp_path / "adapter")
     tuned = override(recipes(checkpoint)[0], adapter=str(adapter))
-    _require_one_model([recipes(checkpoint)[1], tuned])
+    require_one_model([recipes(checkpoint)[1], tuned])
 
 
 @pytest.mark.usefixtures("found")
