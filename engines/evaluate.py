@@ -15,7 +15,7 @@ from PIL import Image
 
 from tokexport.dialogues.schema import Dialogue, Turn
 from tokexport.engines.intervals import Floats, Interval, ratio_intervals, sum_by_dialogue
-from tokexport.engines.model import Answer, Chat, Vlm
+from tokexport.engines.model import Answer, Chat, Speaker
 from tokexport.engines.scoring import ANNOTATORS, METRICS, SCORERS, Metric
 from tokexport.errors import InputError, nearest
 
@@ -183,7 +183,7 @@ class AskedDialogue:
 
 
 def ask_dialogue(
-    vlm: Vlm,
+    vlm: Speaker,
     dialogue: Dialogue,
     *,
     metric: Metric = "exact",
@@ -196,7 +196,7 @@ def ask_dialogue(
     model itself gave.
 
     Args:
-        vlm: the artefact.
+        vlm: what is asked.
         dialogue: what to ask.
         metric: ``exact`` or ``vqa``, see ``engines.scoring``.
         max_new_tokens: the longest answer.
@@ -324,7 +324,7 @@ def _check(dialogue: Dialogue, metric: Metric) -> None:
             )
 
 
-def _no_room(vlm: Vlm) -> str:
+def _no_room(vlm: Speaker) -> str:
     room, positions = vlm.session.options.max_text_tokens, vlm.session.spec.max_positions
     if room + vlm.session.plan.num_positions >= positions:
         return f"the answer does not fit behind the {positions} positions of the model; ask fewer turns a dialogue"

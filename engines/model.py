@@ -61,20 +61,11 @@ class Answer:
     total_ms: float = 0.0
 
 
-class Vlm:
-    """A vision-language model that was exported by tokexport.
+class Speaker:
+    """What can be asked: a session, and what lays out its prompts."""
 
-    Args:
-        bundle: the artefact.
-        backend: the engine, see ``tokexport doctor``.
-        options: room and threads.
-    """
-
-    def __init__(self, bundle: Bundle, backend: str, options: SessionOptions) -> None:
-        _require_use(options.source, backend)
-        self.bundle, self._backend = bundle, backend
-        self.processor = PromptProcessor(bundle.path)
-        self.session: Session = open_session(bundle, backend, options)
+    def __init__(self, processor: PromptProcessor, session: Session) -> None:
+        self.processor, self.session = processor, session
 
     def generate(
         self,
@@ -112,8 +103,29 @@ class Vlm:
             InputError: nothing is chosen by a question, so ``reselect`` has no effect.
         """
         if reselect:
-            require_choice(self.bundle, self._backend)
+            self.require_choice()
         return Chat(self, max_new_tokens, choose or Sampler(sampling or Sampling()), reselect=reselect)
+
+    def require_choice(self) -> None:
+        """Raise ``InputError`` where it is known that no question chooses vision tokens."""
+
+
+class Vlm(Speaker):
+    """A vision-language model that was exported by tokexport.
+
+    Args:
+        bundle: the artefact.
+        backend: the engine, see ``tokexport doctor``.
+        options: room and threads.
+    """
+
+    def __init__(self, bundle: Bundle, backend: str, options: SessionOptions) -> None:
+        _require_use(options.source, backend)
+        self.bundle, self._backend = bundle, backend
+        super().__init__(PromptProcessor(bundle.path), open_session(bundle, backend, options))
+
+    def require_choice(self) -> None:
+        require_choice(self.bundle, self._backend)
 
 
 class Chat:
@@ -123,7 +135,7 @@ class Chat:
         last: the last turn's answer, complete once its stream is exhausted.
     """
 
-    def __init__(self, vlm: Vlm, max_new_tokens: int, choose: TokenChooser, *, reselect: bool = False) -> None:
+    def __init__(self, vlm: Speaker, max_new_tokens: int, choose: TokenChooser, *, reselect: bool = False) -> None:
         if max_new_tokens < 1:
             raise InputError(f"max-new-tokens {max_new_tokens} must be at least 1")
         self._vlm, self._max_new_tokens = vlm, max_new_tokens

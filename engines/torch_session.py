@@ -31,18 +31,27 @@ class TorchSession(Session):
         options: room and threads.
         is_quantized: round what the recipe quantizes as its graphs do; otherwise nothing is rounded.
         device: where it is computed and the cache is kept.
+        weights: of the model where they are open already, e.g. because several sessions share them; not to be rounded.
     """
 
     def __init__(
-        self, made: Design, options: SessionOptions, *, is_quantized: bool = False, device: Device = "cpu"
+        self,
+        made: Design,
+        options: SessionOptions,
+        *,
+        is_quantized: bool = False,
+        device: Device = "cpu",
+        weights: Weights | None = None,
     ) -> None:
+        # Rounding changes weights where they are, and so those of every other session.
+        assert not (is_quantized and weights is not None)
         super().__init__(made.model.spec, made.plan, options)
         torch.set_num_threads(options.threads or available_cores())
         self._dtype, self._device = getattr(torch, made.recipe.export.dtype), torch.device(device)
         self._tapped = made.model.family.vision_layers
         self._choosing = made.choosing_layers
         self._followed: list[Mapping[int, NDArray[np.int64]]] = []
-        self._modules = _loaded_modules(made, self._dtype, self._device)
+        self._modules = _loaded_modules(made, weights, self._dtype, self._device)
         if is_quantized:
             for graph, module in self._modules.items():
                 round_layers(graph, module, made.recipe.quantize)
@@ -116,8 +125,10 @@ class TorchSession(Session):
         return torch.from_numpy(np.ascontiguousarray(array)).to(self._device, self._dtype)
 
 
-def _loaded_modules(made: Design, dtype: torch.dtype, device: torch.device) -> dict[GraphName, nn.Module]:
-    weights = made.open_weights()
+def _loaded_modules(
+    made: Design, of_model: Weights | None, dtype: torch.dtype, device: torch.device
+) -> dict[GraphName, nn.Module]:
+    weights = made.open_weights(of_model)
     with torch.device("meta"):
         modules = made.modules()
     for graph in GRAPHS:

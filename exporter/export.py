@@ -102,13 +102,16 @@ class Design:
         files = processor_files(self.model.directory)
         return footprint_of(modules, self.recipe, self.model.spec.num_layers, files)
 
-    def open_weights(self) -> Weights:
+    def open_weights(self, of_model: Weights | None = None) -> Weights:
         """Open the weights of the model and of its methods.
+
+        Args:
+            of_model: those of the model where they are open already.
 
         Raises:
             CheckpointError: they are missing, damaged or do not fit.
         """
-        return AddedWeights(open_weights(self.model), self._learned())
+        return AddedWeights(open_weights(self.model) if of_model is None else of_model, self._learned())
 
     def fingerprint(self) -> str:
         """Return a SHA-256 that tells weights apart, the model's and what methods learned."""

@@ -141,6 +141,30 @@ class AddedWeights(Weights):
         return self.added[name] if name in self.added else self.base.load(name)
 
 
+class HeldWeights(Weights):
+    """Weights that stay in memory once they are read, for models that differ in little else.
+
+    Args:
+        base: where they are read.
+        dtype: the precision they are held in.
+        device: where they are held.
+    """
+
+    def __init__(self, base: Weights, dtype: torch.dtype, device: torch.device) -> None:
+        self._base, self._dtype, self._device = base, dtype, device
+        self._held: dict[str, Tensor] = {}
+
+    @property
+    def shapes(self) -> Shapes:
+        return self._base.shapes
+
+    def load(self, name: str) -> Tensor:
+        """Return the one tensor of that name, which nobody may change."""
+        if name not in self._held:
+            self._held[name] = self._base.load(name).to(self._device, self._dtype)
+        return self._held[name]
+
+
 @dataclass(frozen=True)
 class TiedWeights(Weights):
     """Weights in which the head is the token embedding."""
