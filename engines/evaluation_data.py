@@ -203,6 +203,39 @@ def _image_files(folder: Path) -> list[Path]:
     return paths
 
 
+def open_apart(
+    data: str, dialogues: int | None, other_data: str | None, num_others: int
+) -> tuple[DialogueSet, DialogueSet]:
+    """Return dialogues that decide, and others to choose by, of which none is among the first.
+
+    Args:
+        data: where the first come from, see ``open_dialogues``.
+        dialogues: how many, None for 2,000 generated ones or what the others leave of a file.
+        other_data: where the others come from; None for the validation split, or the same file, its last dialogues.
+        num_others: how many; of the same file at most half.
+
+    Raises:
+        InputError: see ``open_dialogues``; or too few dialogues in the file.
+    """
+    if other_data is None:
+        other_data = "validation" if data in SPLITS else data
+    if other_data != data:
+        return open_dialogues(data, dialogues=dialogues), open_dialogues(other_data, dialogues=num_others)
+    if data in SPLITS:
+        first = DEFAULT_DIALOGUES if dialogues is None else dialogues
+        every = open_dialogues(data, dialogues=first + num_others)
+    else:
+        every = open_dialogues(data)
+        num_others = min(num_others, every.size // 2)
+        first = every.size - num_others if dialogues is None else dialogues
+    if num_others < 1 or first + num_others > every.size:
+        raise InputError(
+            f"{first} dialogues and {num_others} others to choose by are more than the {every.size} of {data}; ask for "
+            "fewer, or give other data to choose by"
+        )
+    return every.part(0, first), every.part(first, num_others)
+
+
 def _generated(data: str, size: int, turns: int, seed: int) -> DialogueSet:
     split = cast(Split, data)
     return DialogueSet(
