@@ -27,6 +27,7 @@ from tokexport.commands.options import (
     source_options,
 )
 from tokexport.commands.plan import plan
+from tokexport.commands.search import search
 from tokexport.commands.train import train
 from tokexport.engines.terminal import Terminal
 from tokexport.errors import GateError, InputError, ParityError, TokexportError
@@ -288,6 +289,7 @@ cli.add_command(doctor)
 cli.add_command(train)
 cli.add_command(compare)
 cli.add_command(evaluate)
+cli.add_command(search)
 cli.add_command(compile_engines)
 
 

@@ -14,14 +14,14 @@ _SOURCES = {"model": "checkpoint", "adapter": "adapter", "compressor": "compress
 Command = TypeVar("Command", bound=Callable[..., Any])
 
 
-def recipe_options(command: Command) -> Command:
-    """Add the options that say which recipe is taken and what is changed in it."""
+def recipe_options_for(default: str) -> Callable[[Command], Command]:
+    """Return what adds the options that say which recipe is taken, by default which one, and what is changed in it."""
     options = [
         click.option(
             "--recipe",
             "-r",
             "recipe_name",
-            default="mini_adsc",
+            default=default,
             show_default=True,
             help="Name of a recipe, or path of a TOML file.",
         ),
@@ -52,7 +52,12 @@ def recipe_options(command: Command) -> Command:
             help="Change a value of the recipe, e.g. compress.0.phase=0.5.",
         ),
     ]
-    return with_options(*options)(command)
+    return with_options(*options)
+
+
+def recipe_options(command: Command) -> Command:
+    """Add the options that say which recipe is taken and what is changed in it."""
+    return recipe_options_for("mini_adsc")(command)
 
 
 RECIPE_OPTIONS = (

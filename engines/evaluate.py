@@ -222,7 +222,7 @@ def ask_dialogue(
     )
 
 
-def answers_of(vlm: Vlm, dialogue: Dialogue, chat: Chat) -> Iterator[tuple[int, Turn, Answer]]:
+def answers_of(vlm: Speaker, dialogue: Dialogue, chat: Chat) -> Iterator[tuple[int, Turn, Answer]]:
     """Ask the questions of a dialogue in a chat that has just begun; yield each with its number from 1 and its answer.
 
     Raises:

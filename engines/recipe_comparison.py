@@ -159,11 +159,15 @@ def compare_recipes(
         },
         contestants=contestants,
     )
-    write_atomically(folder / REPORT, json.dumps(found.report(), indent=2, default=str) + "\n")
-    write_atomically(folder / TABLE, found.markdown())
+    _write(folder, found)
     progress("drawing the page")
     write_atomically(folder / PAGE, _page(found, [arm.bundle for arm in arms], asked, options))
     return found
+
+
+def _write(folder: Path, found: RecipeComparison) -> None:
+    write_atomically(folder / REPORT, json.dumps(found.report(), indent=2, default=str) + "\n")
+    write_atomically(folder / TABLE, found.markdown())
 
 
 def _full(recipes: Sequence[Recipe]) -> Recipe:

@@ -1,0 +1,247 @@
+"""Which measured candidate wins, and what has to be said of it."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from tokexport.engines.cost_budget import NAMES, Allowance, CostBudget, Kind, amount_text
+from tokexport.engines.evaluation_data import DialogueSet
+from tokexport.engines.recipe_comparison import RecipeComparison
+from tokexport.engines.search_space import Candidate
+from tokexport.engines.verdicts import Contestant, Verdict, judge
+
+
+@dataclass(frozen=True, kw_only=True)
+class Entry:
+    """A measured candidate.
+
+    Attributes:
+        candidate: that was measured.
+        contestant: as it is judged.
+        row: of the comparison.
+        costs: by plan, the time by the clock.
+        load: the largest part of any budget that it takes up.
+        price: its budgeted costs beside the uncompressed model's, on average.
+        is_pareto: whether none is at least as accurate and costs no more, and better in one of them.
+        may_win: whether it meets the budgets and is of a method that was asked for.
+    """
+
+    candidate: Candidate
+    contestant: Contestant
+    row: Mapping[str, Any]
+    costs: Mapping[Kind, float]
+    load: float
+    price: float
+    is_pareto: bool
+    may_win: bool
+
+    @property
+    def name(self) -> str:
+        """The recipe's."""
+        return self.contestant.recipe
+
+    def report(self) -> dict[str, Any]:
+        """Return the row for ``search.json``."""
+        return {
+            **self.row,
+            "description": self.candidate.recipe.description,
+            "costs": dict(self.costs),
+            "meets_budgets": self.load <= 1,
+            "is_pareto": self.is_pareto,
+        }
+
+
+@dataclass(frozen=True, kw_only=True)
+class Outcome:
+    """What was found.
+
+    Attributes:
+        entries: the measured candidates, the dearest first.
+        winner: None where none meets the budgets.
+        tied: those that are more accurate than the winner, but not distinguishable, and cost more.
+        controls: how the winner stands to each control that meets the budgets and is not worse than it.
+        summary: in sentences, the most important first.
+        full: the row of the uncompressed model.
+        limits: of the budgets, with what the uncompressed model takes.
+    """
+
+    entries: tuple[Entry, ...]
+    winner: Candidate | None
+    tied: tuple[str, ...]
+    controls: tuple[Verdict, ...]
+    summary: tuple[str, ...]
+    full: Mapping[str, Any]
+    limits: Mapping[Kind, Mapping[str, float]]
+
+    def report(self) -> dict[str, Any]:
+        """Return its part of ``search.json``."""
+        return {
+            "summary": list(self.summary),
+            "winner": None if self.winner is None else self.winner.recipe.name,
+            "tied": list(self.tied),
+            "controls_as_good": [verdict.report() for verdict in self.controls],
+            "full": dict(self.full),
+            "limits": {kind: dict(limit) for kind, limit in self.limits.items()},
+            "rows": [entry.report() for entry in self.entries],
+        }
+
+
+def judged(
+    compared: RecipeComparison,
+    candidates: Sequence[Candidate],
+    allowance: Allowance,
+    budgets: Sequence[CostBudget],
+    methods: Sequence[str],
+    asked: DialogueSet,
+) -> Outcome:
+    """Return which candidate wins: the most accurate that meets the budgets, of equals the one that costs least.
+
+    Equal are those whose difference in accuracy has a 95 % interval with zero in it, paired by question.
+
+    Args:
+        compared: the candidates built, evaluated and measured beside the uncompressed model.
+        candidates: that were compared.
+        allowance: the budgets as amounts. A limit of time is taken anew from the uncompressed model, measured in turns
+            with the candidates.
+        budgets: as they were given.
+        methods: that may win, all if none is given.
+        asked: the dialogues.
+    """
+    full = next(row for row in compared.rows if not row["compressed"])
+    limits = _limits(allowance, budgets, full)
+    entries = _entries(compared, candidates, limits, methods)
+    able = [entry for entry in entries if entry.may_win]
+    if not able:
+        summary = _nothing_found(entries, limits)
+        return Outcome(entries=entries, winner=None, tied=(), controls=(), summary=(summary,), full=full, limits=limits)
+    dialogue_Q = asked.dialogue_numbers()
+    best = max(able, key=lambda entry: (entry.contestant.accuracy, -entry.price))
+    equal = [
+        entry
+        for entry in able
+        if entry is best or judge(best.contestant, entry.contestant, dialogue_Q).accuracy == "not distinguishable"
+    ]
+    winner = min(equal, key=lambda entry: (entry.price, -entry.contestant.accuracy))
+    tied = tuple(entry.name for entry in equal if entry.contestant.accuracy > winner.contestant.accuracy)
+    verdicts = [
+        judge(winner.contestant, entry.contestant, dialogue_Q)
+        for entry in entries
+        if entry.candidate.is_control and entry is not winner and entry.load <= 1
+    ]
+    controls = tuple(verdict for verdict in verdicts if verdict.accuracy != "better")
+    return Outcome(
+        entries=entries,
+        winner=winner.candidate,
+        tied=tied,
+        controls=controls,
+        summary=tuple(_summary(winner, limits, full, tied, controls, num_controls=len(verdicts))),
+        full=full,
+        limits=limits,
+    )
+
+
+def _limits(
+    allowance: Allowance, budgets: Sequence[CostBudget], full: Mapping[str, Any]
+) -> dict[Kind, Mapping[str, float]]:
+    limits: dict[Kind, Mapping[str, float]] = {}
+    for budget in budgets:
+        whole = full["ttft_ms"]["median"] if budget.kind == "ttft" else allowance.full[budget.kind]
+        limits[budget.kind] = {"limit": budget.amount or (budget.part or 0) * whole, "full": whole}
+    return limits
+
+
+def _entries(
+    compared: RecipeComparison,
+    candidates: Sequence[Candidate],
+    limits: Mapping[Kind, Mapping[str, float]],
+    methods: Sequence[str],
+) -> tuple[Entry, ...]:
+    contestants = {one.recipe: one for one in compared.contestants}
+    rows = {row["recipe"]: row for row in compared.rows}
+    able = [candidate for candidate in candidates if candidate.recipe.name in contestants]
+    costs = {candidate.recipe.name: _costs(candidate, rows[candidate.recipe.name], list(limits)) for candidate in able}
+    points = {name: (contestants[name].accuracy, costs[name]) for name in costs}
+    entries: list[Entry] = []
+    for candidate in able:
+        name = candidate.recipe.name
+        load = max(costs[name][kind] / limits[kind]["limit"] for kind in limits)
+        is_asked_for = not methods or set(candidate.methods) <= set(methods)
+        entries.append(
+            Entry(
+                candidate=candidate,
+                contestant=contestants[name],
+                row=rows[name],
+                costs=costs[name],
+                load=load,
+                price=sum(costs[name][kind] / limits[kind]["full"] for kind in limits) / len(limits),
+                is_pareto=not any(_dominates(other, points[name]) for other in points.values()),
+                may_win=load <= 1 and is_asked_for,
+            )
+        )
+    return tuple(sorted(entries, key=lambda entry: -entry.price))
+
+
+def _costs(candidate: Candidate, row: Mapping[str, Any], kinds: Sequence[Kind]) -> dict[Kind, float]:
+    return {kind: row["ttft_ms"]["median"] if kind == "ttft" else candidate.costs[kind] for kind in kinds}
+
+
+def _dominates(one: tuple[float, Mapping[Kind, float]], other: tuple[float, Mapping[Kind, float]]) -> bool:
+    no_worse = one[0] >= other[0] and all(one[1][kind] <= other[1][kind] for kind in one[1])
+    return no_worse and (one[0] > other[0] or any(one[1][kind] < other[1][kind] for kind in one[1]))
+
+
+def _nothing_found(entries: Sequence[Entry], limits: Mapping[Kind, Mapping[str, float]]) -> str:
+    if not entries:
+        return "none of the finalists could be built, evaluated and measured; see why in search.md"
+    nearest = min(entries, key=lambda entry: entry.load)
+    if nearest.load <= 1:
+        return (
+            f"only controls meet the budgets, e.g. {nearest.name}, and --method leaves them out; allow more, or add "
+            "their methods"
+        )
+    over = [
+        f"{amount_text(kind, nearest.costs[kind])} of {kind} where {amount_text(kind, limit['limit'])} are allowed"
+        for kind, limit in limits.items()
+        if nearest.costs[kind] > limit["limit"]
+    ]
+    return (
+        f"none of the {len(entries)} that were measured meets the budgets; the nearest is {nearest.name} with "
+        f"{' and '.join(over)}; allow more"
+    )
+
+
+def _summary(
+    winner: Entry,
+    limits: Mapping[Kind, Mapping[str, float]],
+    full: Mapping[str, Any],
+    tied: Sequence[str],
+    controls: Sequence[Verdict],
+    *,
+    num_controls: int,
+) -> list[str]:
+    accuracy = winner.contestant.accuracy
+    costs = ", ".join(
+        f"{NAMES[kind]} {amount_text(kind, cost)} ({100 * cost / limits[kind]['full']:.1f} % of full)"
+        for kind, cost in winner.costs.items()
+    )
+    lines = [
+        f"the winner is {winner.name}: accuracy {100 * accuracy:.1f} %, {100 * full['accuracy']:.1f} % without "
+        f"compression; {costs}"
+    ]
+    if tied:
+        lines.append(
+            f"more right answers, by less than these dialogues can tell apart, and a higher cost: {', '.join(tied)}; "
+            "more --dialogues tell finer differences"
+        )
+    if winner.candidate.is_control:
+        lines.append("it is a control: no method that chooses tokens, or was trained to, is worth more than it here")
+    elif controls:
+        told = ", ".join(f"{verdict.control} ({-100 * (verdict.difference or 0):+.1f} points)" for verdict in controls)
+        lines.append(f"it is not distinguishably better than a control that meets the budgets too: {told}")
+    elif num_controls:
+        lines.append(f"it is more accurate than every control that meets the budgets ({num_controls} measured)")
+    else:
+        lines.append(
+            "no control that meets the budgets was measured, so it is not known whether the method is worth it"
+        )
+    return lines
