@@ -159,8 +159,10 @@ def survivors(screened: Sequence[Screened], count: int, price: Callable[[Candida
         count: how many at most.
         price: what a candidate costs.
     """
-    ranked = sorted(screened, key=lambda one: (-one.accuracy, price(one.candidate)))
-    chosen, rest = ranked[: (count + 1) // 2], ranked[(count + 1) // 2 :]
+    # Few dialogues leave many equal. More tokens are the better guess then, and the cheaper have the other half.
+    ranked = sorted(screened, key=lambda one: (-one.accuracy, -price(one.candidate)))
+    chosen = ranked[: (count + 1) // 2]
+    rest = sorted(ranked[(count + 1) // 2 :], key=lambda one: (-one.accuracy, price(one.candidate)))
     cheapest = min((price(one.candidate) for one in chosen), default=math.inf)
     while rest and len(chosen) < count:
         front: list[Screened] = []

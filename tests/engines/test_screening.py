@@ -109,6 +109,11 @@ def test_half_of_the_places_are_for_accuracy_and_half_for_what_costs_less(count:
     assert [one.candidate.recipe.name for one in survivors(every, count, price)] == expected
 
 
+def test_of_equals_the_dearer_is_asked_more_and_the_cheapest_too():
+    every = [screened("a", 0.8, 200), screened("b", 0.8, 300), screened("c", 0.8, 250)]
+    assert [one.candidate.recipe.name for one in survivors(every, 2, price)] == ["b", "a"]
+
+
 def test_the_best_of_each_method_is_found():
     every = [screened("a", 0.7, 9), screened("b", 0.8, 9), screened("c", 0.1, 9, method="fastv")]
     assert [one.candidate.recipe.name for one in best_of_each(every)] == ["b", "c"]
