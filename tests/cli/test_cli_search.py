@@ -39,7 +39,7 @@ def test_the_winners_recipe_is_built_by_build(run: Run, full: Path, checkpoint: 
     [
         (["-b", "flop=0.5"], "a budget of 'flop' is not known; did you mean 'flops'?"),
         (["-b", "kv=20ms"], "the budget kv=20ms is in 'ms', expected"),
-        (["-b", "kv=1GB"], "the budget kv=1GB is met by the uncompressed model, which takes 10.0 MB; give less"),
+        (["-b", "kv=1GB"], "the budget kv=1GB is met by the uncompressed model, which takes 7.5 MB; give less"),
         (["-b", "flops=0.5", "-r", "mini_adsc"], "recipe mini_adsc is compressed already (adsc); give the recipe of"),
         (["-b", "flops=0.5", "--method", "adcs"], "there is no method 'adcs'; did you mean 'adsc'?"),
         (["-b", "flops=0.001"], "no candidate meets the budgets; the nearest is"),
