@@ -10,6 +10,9 @@ from tokexport.engines.recipe_comparison import RecipeComparison
 from tokexport.engines.search_space import Candidate
 from tokexport.engines.verdicts import Contestant, Verdict, judge
 
+# Counts are whole, so a control at the same cost is not always at quite the same.
+_AS_CHEAP = 1.05
+
 
 @dataclass(frozen=True, kw_only=True)
 class Entry:
@@ -122,19 +125,19 @@ def judged(
         if entry is best or judge(best.contestant, entry.contestant, dialogue_Q).accuracy == "not distinguishable"
     ]
     winner = min(equal, key=lambda entry: (entry.price, -entry.contestant.accuracy))
-    tied = tuple(entry.name for entry in equal if entry.contestant.accuracy > winner.contestant.accuracy)
-    verdicts = [
-        judge(winner.contestant, entry.contestant, dialogue_Q)
+    tied = [entry for entry in equal if entry.contestant.accuracy > winner.contestant.accuracy]
+    verdicts = {
+        entry.name: judge(winner.contestant, entry.contestant, dialogue_Q)
         for entry in entries
         if entry.candidate.is_control and entry is not winner and entry.load <= 1
-    ]
-    controls = tuple(verdict for verdict in verdicts if verdict.accuracy != "better")
+    }
+    as_good = [entry for entry in entries if entry.name in verdicts and verdicts[entry.name].accuracy != "better"]
     return Outcome(
         entries=entries,
         winner=winner.candidate,
-        tied=tied,
-        controls=controls,
-        summary=tuple(_summary(winner, limits, full, tied, controls, num_controls=len(verdicts))),
+        tied=tuple(entry.name for entry in tied),
+        controls=tuple(verdicts[entry.name] for entry in as_good),
+        summary=tuple(_summary(winner, limits, full, tied, as_good, num_controls=len(verdicts))),
         full=full,
         limits=limits,
     )
@@ -214,8 +217,8 @@ def _summary(
     winner: Entry,
     limits: Mapping[Kind, Mapping[str, float]],
     full: Mapping[str, Any],
-    tied: Sequence[str],
-    controls: Sequence[Verdict],
+    tied: Sequence[Entry],
+    controls: Sequence[Entry],
     *,
     num_controls: int,
 ) -> list[str]:
@@ -228,16 +231,26 @@ def _summary(
         f"the winner is {winner.name}: accuracy {100 * accuracy:.1f} %, {100 * full['accuracy']:.1f} % without "
         f"compression; {costs}"
     ]
+
+    def beside(others: Sequence[Entry]) -> str:
+        return ", ".join(
+            f"{one.name} ({100 * (one.contestant.accuracy - accuracy):+.1f} points at {100 * one.price:.0f} % of full, "
+            f"the winner is at {100 * winner.price:.0f} %)"
+            for one in others
+        )
+
     if tied:
         lines.append(
-            f"more right answers, by less than these dialogues can tell apart, and a higher cost: {', '.join(tied)}; "
-            "more --dialogues tell finer differences"
+            f"more right answers, by less than these dialogues can tell apart, and a higher cost: {beside(tied)}; more "
+            "--dialogues tell finer differences"
         )
+    no_dearer = [one for one in controls if one.price <= _AS_CHEAP * winner.price]
     if winner.candidate.is_control:
         lines.append("it is a control: no method that chooses tokens, or was trained to, is worth more than it here")
+    elif no_dearer:
+        lines.append(f"it is not distinguishably better than a control that costs no more: {beside(no_dearer)}")
     elif controls:
-        told = ", ".join(f"{verdict.control} ({-100 * (verdict.difference or 0):+.1f} points)" for verdict in controls)
-        lines.append(f"it is not distinguishably better than a control that meets the budgets too: {told}")
+        lines.append(f"a control is as good at a higher cost that meets the budgets too: {beside(controls)}")
     elif num_controls:
         lines.append(f"it is more accurate than every control that meets the budgets ({num_controls} measured)")
     else:

@@ -81,7 +81,7 @@ def test_of_equals_the_cheaper_wins_and_the_others_are_named():
     outcome = decide(GOOD, CHEAPER, FAIR)
     assert (winner_of(outcome), outcome.tied) == ("cheaper", ("good",))
     assert any(
-        "by less than these dialogues can tell apart, and a higher cost: good;" in text for text in outcome.summary
+        "by less than these dialogues can tell apart, and a higher cost: good (" in text for text in outcome.summary
     )
 
 
@@ -116,7 +116,16 @@ def test_a_control_that_is_as_good_is_said():
     assert winner_of(outcome) == "method"
     assert [verdict.control for verdict in outcome.controls] == ["control"]
     assert outcome.summary[-1] == (
-        "it is not distinguishably better than a control that meets the budgets too: control (-0.7 points)"
+        "it is not distinguishably better than a control that costs no more: control (-0.7 points at 48 % of full, the "
+        "winner is at 47 %)"
+    )
+
+
+def test_a_control_that_is_as_good_at_a_higher_cost_is_said():
+    outcome = decide(CHEAPER, measured("control", 250, (0, 270), is_control=True), methods=("adsc",))
+    assert winner_of(outcome) == "cheaper"
+    assert outcome.summary[-1].startswith(
+        "a control is as good at a higher cost that meets the budgets too: control (+1."
     )
 
 
@@ -136,7 +145,7 @@ def test_a_control_may_win_unless_methods_are_asked_for():
     assert decide(GOOD, control).summary[-1].startswith("it is a control: no method that chooses tokens")
     asked = decide(GOOD, control, methods=("adsc",))
     assert winner_of(asked) == "good"
-    assert "control (+5.0 points)" in asked.summary[-1]
+    assert "control (+5.0 points at 39 % of full" in asked.summary[-1]
     assert decide(control, methods=("adsc",)).summary[0].startswith("only controls meet the budgets, e.g. control, and")
 
 
