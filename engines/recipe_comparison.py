@@ -132,17 +132,13 @@ def compare_recipes(
         else:
             arms.append(Arm(bundle=bundle, engine=options.backend, method=recipe.name))
     measured = measure_recipes(arms, options, full.plan.text_tokens, repeats, progress, tick)
-    rows = {
-        arm.method: {
-            **_costs(arm.bundle, full, sized.budgets.get(made.bases.get(arm.method, arm.method))),
-            **measured[arm.method],
-            **{key: answered[arm.method][key] for key in _ACCURACY},
-        }
-        for arm in arms
-    }
+    asked_for = {arm.method: sized.budgets.get(made.bases.get(arm.method, arm.method)) for arm in arms}
+    costs = {arm.method: _costs(arm.bundle, full, asked_for[arm.method]) for arm in arms}
+    rows = {name: {**costs[name], **measured[name], **_accuracy(answered[name])} for name in costs}
     ordered = tuple(rows[recipe.name] for recipe in made.recipes if recipe.name in rows)
     answers = _Answers(answered, full.name, asked)
     contestants = _contestants(ordered, answers)
+    given = {"budgets": list(budgets), "precisions": list(precisions), "repeats": repeats}
     found = RecipeComparison(
         rows=ordered,
         verdicts=find_verdicts(contestants, answers.dialogue_Q),
@@ -151,9 +147,7 @@ def compare_recipes(
         settings={
             "data": {**data, "dialogues": asked.size},
             **options.rules(),
-            "budgets": list(budgets),
-            "precisions": list(precisions),
-            "repeats": repeats,
+            **given,
             "text_tokens": full.plan.text_tokens,
             "environment": vars(describe_environment(options.threads)),
         },
@@ -163,6 +157,10 @@ def compare_recipes(
     progress("drawing the page")
     write_atomically(folder / PAGE, _page(found, [arm.bundle for arm in arms], asked, options))
     return found
+
+
+def _accuracy(answered: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: answered[key] for key in _ACCURACY}
 
 
 def _write(folder: Path, found: RecipeComparison) -> None:

@@ -59,7 +59,7 @@ def decide(
         for _, one in found
     ]
     compared = RecipeComparison(
-        rows=tuple(rows), verdicts=(), failures={}, settings={}, contestants=tuple(one for _, one in found)
+        rows=tuple(rows), verdicts=(), losses=(), failures={}, settings={}, contestants=tuple(one for _, one in found)
     )
     return judged(compared, [one for one, _ in found], HALF, parse_budgets([budget]), methods, ASKED)
 
