@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any, cast, get_args
 
 import numpy as np
-
 from PIL import Image
 
 from tokexport.dialogues.generate import make_dialogue
