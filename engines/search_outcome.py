@@ -2,16 +2,23 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from statistics import NormalDist
 from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
 
 from tokexport.engines.cost_budget import NAMES, Allowance, CostBudget, Kind, amount_text
 from tokexport.engines.evaluation_data import DialogueSet
+from tokexport.engines.intervals import COVERAGE
 from tokexport.engines.recipe_comparison import RecipeComparison
 from tokexport.engines.search_space import Candidate
 from tokexport.engines.verdicts import Contestant, Verdict, judge
 
 # Counts are whole, so a control at the same cost is not always at quite the same.
 _AS_CHEAP = 1.05
+# A 95 % interval reaches 1.96 standard errors to either side.
+_ERRORS_OF_AN_INTERVAL = 2 * NormalDist().inv_cdf(0.5 + COVERAGE / 2)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,7 +68,7 @@ class Outcome:
     Attributes:
         entries: the measured candidates, the dearest first.
         winner: None where none meets the budgets.
-        tied: those that are more accurate than the winner, but not distinguishable, and cost more.
+        tied: those that are more accurate than the winner, by no more than one standard error, and cost more.
         controls: how the winner stands to each control that meets the budgets and is not worse than it.
         summary: in sentences, the most important first.
         full: the row of the uncompressed model.
@@ -99,7 +106,8 @@ def judged(
 ) -> Outcome:
     """Return which candidate wins: the most accurate that meets the budgets, of equals the one that costs least.
 
-    Equal are those whose difference in accuracy has a 95 % interval with zero in it, paired by question.
+    Equal are those whose accuracy is within one standard error of the best one's, of the difference paired by question
+    (the one-standard-error rule; Breiman et al., Classification and Regression Trees, 1984, section 3.4.3).
 
     Args:
         compared: the candidates built, evaluated and measured beside the uncompressed model.
@@ -119,11 +127,7 @@ def judged(
         return Outcome(entries=entries, winner=None, tied=(), controls=(), summary=(summary,), full=full, limits=limits)
     dialogue_Q = asked.dialogue_numbers()
     best = max(able, key=lambda entry: (entry.contestant.accuracy, -entry.price))
-    equal = [
-        entry
-        for entry in able
-        if entry is best or judge(best.contestant, entry.contestant, dialogue_Q).accuracy == "not distinguishable"
-    ]
+    equal = [entry for entry in able if entry is best or _within_one_error(best, entry, dialogue_Q)]
     winner = min(equal, key=lambda entry: (entry.price, -entry.contestant.accuracy))
     tied = [entry for entry in equal if entry.contestant.accuracy > winner.contestant.accuracy]
     verdicts = {
@@ -141,6 +145,14 @@ def judged(
         full=full,
         limits=limits,
     )
+
+
+def _within_one_error(best: Entry, other: Entry, dialogue_Q: NDArray[np.int64]) -> bool:
+    verdict = judge(best.contestant, other.contestant, dialogue_Q)
+    assert verdict.difference is not None
+    assert verdict.difference_interval is not None
+    low, high = verdict.difference_interval
+    return verdict.difference <= (high - low) / _ERRORS_OF_AN_INTERVAL
 
 
 def _limits(
@@ -241,8 +253,8 @@ def _summary(
 
     if tied:
         lines.append(
-            f"more right answers, by less than these dialogues can tell apart, and a higher cost: {beside(tied)}; more "
-            "--dialogues tell finer differences"
+            f"more right answers, by at most one standard error, and a higher cost: {beside(tied)}; more --dialogues "
+            "tell finer differences"
         )
     no_dearer = [one for one in controls if one.price <= _AS_CHEAP * winner.price]
     if winner.candidate.is_control:

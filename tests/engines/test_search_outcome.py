@@ -69,8 +69,8 @@ def winner_of(outcome: Outcome) -> str | None:
 
 
 GOOD, FAIR = measured("good", 250, (0, 270)), measured("fair", 240, (0, 210))
-# Six more answers right in three dialogues, and six fewer in three others.
-LIKE_GOOD, CHEAPER = measured("like good", 250, (6, 276)), measured("cheaper", 200, (3, 270))
+# Six answers fewer right in two dialogues, and six or five more in two others.
+LIKE_GOOD, CHEAPER = measured("like good", 250, (6, 276)), measured("cheaper", 200, (6, 275))
 
 
 def test_the_most_accurate_wins():
@@ -80,9 +80,13 @@ def test_the_most_accurate_wins():
 def test_of_equals_the_cheaper_wins_and_the_others_are_named():
     outcome = decide(GOOD, CHEAPER, FAIR)
     assert (winner_of(outcome), outcome.tied) == ("cheaper", ("good",))
-    assert any(
-        "by less than these dialogues can tell apart, and a higher cost: good (" in text for text in outcome.summary
-    )
+    assert any("by at most one standard error, and a higher cost: good (" in text for text in outcome.summary)
+
+
+def test_a_cheaper_one_that_is_worse_by_more_than_a_standard_error_does_not_win():
+    """Three answers fewer in one dialogue of a hundred: 1.0 points, where the error is 0.8 and the interval has zero."""
+    outcome = decide(GOOD, measured("cheaper", 200, (3, 270)))
+    assert (winner_of(outcome), outcome.tied) == ("good", ())
 
 
 def test_of_equals_at_one_cost_the_more_accurate_wins():
@@ -125,7 +129,7 @@ def test_a_control_that_is_as_good_at_a_higher_cost_is_said():
     outcome = decide(CHEAPER, measured("control", 250, (0, 270), is_control=True), methods=("adsc",))
     assert winner_of(outcome) == "cheaper"
     assert outcome.summary[-1].startswith(
-        "a control is as good at a higher cost that meets the budgets too: control (+1."
+        "a control is as good at a higher cost that meets the budgets too: control (+0.3"
     )
 
 
