@@ -84,7 +84,7 @@ def test_of_equals_the_cheaper_wins_and_the_others_are_named():
 
 
 def test_a_cheaper_one_that_is_worse_by_more_than_a_standard_error_does_not_win():
-    """Three answers fewer in one dialogue of a hundred: 1.0 points, where the error is 0.8 and the interval has zero."""
+    """Three answers fewer in one dialogue of a hundred: 1.0 points, the error is 0.8, and the interval has zero."""
     outcome = decide(GOOD, measured("cheaper", 200, (3, 270)))
     assert (winner_of(outcome), outcome.tied) == ("good", ())
 
