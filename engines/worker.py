@@ -19,11 +19,13 @@ from types import TracebackType
 from typing import Self
 
 import numpy as np
+from numpy.typing import NDArray
 
 from tokexport.engines.backend import Backend, Session, SessionOptions, load_backend
 from tokexport.engines.generate import IMAGE, Conversation, Sampler, Sampling
 from tokexport.errors import TokexportError
 from tokexport.exporter.bundle import Bundle
+from tokexport.exporter.plan import VlmSpec
 
 _TOKENS_BEFORE_IMAGE = 5
 
@@ -145,17 +147,30 @@ class EngineProcess:
             self._process.join()
 
 
+@dataclass(frozen=True)
+class Question:
+    """Pixels (1, 3, height, width), and the token ids before and behind the image."""
+
+    pixel_values: NDArray[np.float32]
+    before: tuple[int, ...]
+    after: tuple[int, ...]
+
+
+def make_question(spec: VlmSpec, workload: Workload) -> Question:
+    """Return what a workload asks a model; the same wherever it is made."""
+    generator = np.random.default_rng(workload.seed)
+    pixel_values = generator.standard_normal((1, 3, spec.image_size, spec.image_size)).astype(np.float32)
+    words = tuple(int(token) for token in generator.integers(5, spec.vocab_size, workload.text_tokens))
+    return Question(pixel_values, words[:_TOKENS_BEFORE_IMAGE], words[_TOKENS_BEFORE_IMAGE:])
+
+
 def run_workload(session: Session, workload: Workload) -> Timing:
     """Answer the workload's question and time its phases."""
-    generator = np.random.default_rng(workload.seed)
-    side = session.spec.image_size
-    pixel_values = generator.standard_normal((1, 3, side, side)).astype(np.float32)
-    words = [int(token) for token in generator.integers(5, session.spec.vocab_size, workload.text_tokens)]
-    place = min(_TOKENS_BEFORE_IMAGE, workload.text_tokens)
-    prompt = [*words[:place], IMAGE, *words[place:]]
+    question = make_question(session.spec, workload)
+    prompt = [*question.before, IMAGE, *question.after]
     conversation, sampler = Conversation(session), Sampler(Sampling())
     start = time.perf_counter()
-    features = session.encode_images(pixel_values)
+    features = session.encode_images(question.pixel_values)
     encoded = time.perf_counter()
     logits = conversation.feed(prompt, [features])
     sampler(logits[-1])
