@@ -52,7 +52,8 @@ class Peer:
     Attributes:
         script: run in its own Python.
         variants: precisions as the peer calls them, and which bits of ours they stand beside.
-        converted: name under which what it made of the checkpoint is kept; peers may share it.
+        converted: name under which what it made of the checkpoint is kept, empty where it reads that as it is; peers
+            may share it.
         prunes: it computes with fewer image tokens, in each of these variants.
     """
 
@@ -256,7 +257,7 @@ class Measurement:
     def prepare(self, arms: Sequence[Arm]) -> None:
         """Let peers convert the checkpoint, one after the other, in processes that are gone when it is measured."""
         for arm in arms:
-            if arm.system == OURS:
+            if arm.system == OURS or not self._setting.peers[arm.system].converted:
                 continue
             task = peer_task(arm, self._setting, self._question)
             if task["folder"] in self._prepared:
@@ -316,7 +317,7 @@ class Measurement:
             )
             return OurProcess(bundle, self._setting, stack)
         task = peer_task(arm, self._setting, self._question)
-        reason = self._prepared[task["folder"]]
+        reason = self._prepared.get(task["folder"])
         if reason:
             raise TokexportError(reason)
         process = stack.enter_context(self._process(arm))
