@@ -5,6 +5,7 @@ the figure is the share of the answers' tokens that it finds right, each with th
 root of the repository: ``python benchmarks/sweep_adsc.py``. A tuning that is there already is used again.
 """
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -27,6 +28,7 @@ from tokexport.training.tuning_data import made_material
 HALVINGS = ((2, 288), (3, 144), (6, 72))
 # Attention is causal: only the last token of a cell has seen the others.
 _END = "phase = 0.99"
+_STRONG = ((0, 144), (3, 16))
 # Of nearly as many vision tokens a layer, early and mild or late and strong.
 _SCHEDULES = {
     252: (
@@ -78,6 +80,9 @@ VARIANTS: Mapping[str, Variant] = {
     "the same, renumbered": Variant(f'pattern = "grid", {_END}, positions = "renumber"'),
     "the same, strong first": Variant(curriculum="strong-first"),
     "the same, no curriculum": Variant(curriculum="none"),
+    "64 tokens, mild first": Variant(drops=_STRONG),
+    "64 tokens, strong first": Variant(drops=_STRONG, curriculum="strong-first"),
+    "64 tokens, no curriculum": Variant(drops=_STRONG, curriculum="none"),
     **{
         f"{budget} tokens: {', '.join(f'{keep} from {layer}' for layer, keep in drops)}": Variant(drops=drops)
         for budget, schedules in _SCHEDULES.items()
@@ -98,12 +103,13 @@ def main(steps: int, conversations: int, only: tuple[str, ...], threads: int | N
         torch.set_num_threads(threads)
     click.echo("| variant | tokens per layer | untuned | tuned |\n|---|---:|---:|---:|")
     click.echo(f"| nothing dropped | 576 | {_right(load_recipe('mini_full'), conversations)} | – |")
-    for number, (name, variant) in enumerate(VARIANTS.items()):
+    for name, variant in VARIANTS.items():
         if only and not any(words in name for words in only):
             continue
-        recipe = variant.recipe(f"variant_{number}")
+        slug = re.sub(r"\W+", "_", name)
+        recipe = variant.recipe(slug)
         untuned = _right(recipe, conversations)
-        tuned = _right(_tuned(recipe, variant, out / f"{number}_{steps}", steps), conversations) if steps else "–"
+        tuned = _right(_tuned(recipe, variant, out / f"{slug}_{steps}", steps), conversations) if steps else "–"
         click.echo(f"| {name} | {design(recipe).plan.mean_vision_tokens:g} | {untuned} | {tuned} |")
 
 
