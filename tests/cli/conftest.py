@@ -75,7 +75,7 @@ def in_process(*arguments: object, **options: Any) -> subprocess.Popen[str]:
 
 
 def outcome_of(process: subprocess.Popen[str], said: str = "") -> Outcome:
-    out, err = process.communicate(timeout=120)
+    out, err = process.communicate(timeout=600)
     return Outcome(process.returncode, out, said + err)
 
 
