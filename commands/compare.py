@@ -29,7 +29,9 @@ from tokexport.errors import InputError
 @click.option(
     "--precisions",
     metavar="PRECISION,...",
-    callback=lambda _context, _option, given: tuple(given.split(",")) if given is not None else (),
+    callback=lambda _context, _option, given: (
+        tuple(one.strip() for one in given.split(",")) if given is not None else ()
+    ),
     help="Make every recipe in each beside float32, e.g. int8,int4.",
 )
 @click.option("--repeats", default=9, show_default=True, type=click.IntRange(min=1), help="Measured runs of each.")

@@ -14,14 +14,12 @@ import numpy as np
 from PIL import Image
 
 from tokexport.dialogues.schema import Dialogue, Turn
-from tokexport.engines.intervals import Floats, Interval, ratio_intervals, sum_by_dialogue
+from tokexport.engines.intervals import Floats, Interval, paired_difference, ratio_intervals, sum_by_dialogue
 from tokexport.engines.model import Answer, Chat, Speaker
 from tokexport.engines.scoring import ANNOTATORS, METRICS, SCORERS, Metric
 from tokexport.errors import InputError, nearest
 
 DEFAULT_MAX_NEW_TOKENS = 16
-# Scores of one question that differ by less are equal: stored ones are rounded.
-_SAME = 1e-4
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -121,21 +119,21 @@ class Evaluation:
     def compare(self, full_Q: Floats) -> "Comparison":
         """Compare with the scores of the uncompressed model on the same questions, question by question."""
         assert full_Q.shape == self.scores_Q.shape, "not the same questions"
-        change_Q = self.scores_Q - full_Q
-        ones_Q = np.ones_like(full_Q)
-        above_LC = self._by_dialogue(np.stack([change_Q, self.scores_Q], axis=1))
-        below_LC = self._by_dialogue(np.stack([ones_Q, full_Q], axis=1))
-        has_ratio = bool(full_Q.any())
-        columns = 1 + has_ratio
-        intervals = ratio_intervals(above_LC[:, :columns], below_LC[:, :columns])
+        change = paired_difference(self.scores_Q, full_Q, self.dialogue_Q)
+        relative: float | None = None
+        relative_interval: Interval | None = None
+        if full_Q.any():
+            relative = float(self.scores_Q.sum() / full_Q.sum())
+            above_LC, below_LC = self._by_dialogue(self.scores_Q[:, None]), self._by_dialogue(full_Q[:, None])
+            (relative_interval,) = ratio_intervals(above_LC, below_LC)
         return Comparison(
             full_accuracy=float(full_Q.mean()),
-            relative=float(self.scores_Q.sum() / full_Q.sum()) if has_ratio else None,
-            relative_interval=intervals[1] if has_ratio else None,
-            difference=float(change_Q.mean()),
-            difference_interval=intervals[0],
-            gained=int((change_Q > _SAME).sum()),
-            lost=int((change_Q < -_SAME).sum()),
+            relative=relative,
+            relative_interval=relative_interval,
+            difference=change.mean,
+            difference_interval=change.interval,
+            gained=change.gained,
+            lost=change.lost,
         )
 
     def _by_dialogue(self, values_QC: Floats) -> Floats:

@@ -54,8 +54,10 @@ def paired_difference(scores_Q: Floats, other_Q: Floats, dialogue_Q: NDArray[np.
         dialogue_Q: the number of the dialogue of each question, from 0.
     """
     change_Q = scores_Q - other_Q
-    change_L, count_L = np.bincount(dialogue_Q, change_Q), np.bincount(dialogue_Q)
-    (interval,) = ratio_intervals(change_L[:, None].astype(np.float64), count_L[:, None].astype(np.float64))
+    change_LC, count_LC = (
+        sum_by_dialogue(values_Q[:, None], dialogue_Q) for values_Q in (change_Q, np.ones_like(change_Q))
+    )
+    (interval,) = ratio_intervals(change_LC, count_LC)
     return Difference(
         mean=float(change_Q.mean()),
         interval=interval,
