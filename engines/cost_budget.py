@@ -7,7 +7,7 @@ of its prefill is taken away that the plan saves in FLOPs, and the part of its v
 import math
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal, get_args
 
 from tokexport.errors import InputError, nearest
@@ -79,13 +79,17 @@ class CostBudget:
             )
         return cls(kind=kind, part=number, text=text)
 
+    def allowed(self, full: float) -> float:
+        """Return the amount that is allowed, given that of the uncompressed model."""
+        return self.amount if self.amount is not None else (self.part or 0) * full
+
     def limit(self, full: float) -> float:
-        """Return the amount that is allowed, given that of the uncompressed model.
+        """Return the amount that is allowed, if that makes a difference.
 
         Raises:
             InputError: the uncompressed model meets the budget.
         """
-        limit = self.amount if self.amount is not None else (self.part or 0) * full
+        limit = self.allowed(full)
         if limit >= full:
             raise InputError(
                 f"the budget {self.text} is met by the uncompressed model, which takes {amount_text(self.kind, full)}; "
@@ -168,6 +172,12 @@ class Allowance:
         limits: dict[Kind, float] = {budget.kind: budget.limit(full[budget.kind]) for budget in budgets}
         return cls(spec=spec, text_tokens=text_tokens, dtype=dtype, times=times, limits=limits, full=full)
 
+    def measured(self, budgets: Sequence[CostBudget], ttft_ms: float) -> "Allowance":
+        """Return what budgets allow where the uncompressed model, beside the candidates, took ``ttft_ms``."""
+        whole: dict[Kind, float] = {**self.full, "ttft": ttft_ms}
+        full: dict[Kind, float] = {budget.kind: whole[budget.kind] for budget in budgets}
+        return replace(self, limits={budget.kind: budget.allowed(full[budget.kind]) for budget in budgets}, full=full)
+
     def costs(self, plan: TokenPlan) -> dict[Kind, float]:
         """Return what a plan costs; a time only where that of the uncompressed model is known."""
         flops = prefill_flops(self.spec, plan, self.text_tokens)
@@ -186,6 +196,14 @@ class Allowance:
         """Return the largest part of any budget that costs take up; 1 is all of it."""
         return max(costs[kind] / limit for kind, limit in self.limits.items())
 
+    def excess(self, costs: Mapping[Kind, float]) -> str:
+        """Return in words which costs are over their budgets, and by how much."""
+        return " and ".join(
+            f"{amount_text(kind, costs[kind])} of {kind} where {amount_text(kind, limit)} are allowed"
+            for kind, limit in self.limits.items()
+            if costs[kind] > limit
+        )
+
     def may_meet(self, costs: Mapping[Kind, float]) -> bool:
         """Return whether costs by plan meet the budgets, as far as a plan can tell."""
         return all(costs[kind] <= limit * (_SLACK if kind == "ttft" else 1) for kind, limit in self.limits.items())
@@ -195,5 +213,5 @@ class Allowance:
         return sum(costs[kind] / full for kind, full in self.full.items()) / len(self.full)
 
     def report(self) -> dict[str, Any]:
-        """Return the limits for ``search.json``."""
+        """Return the limits, and what they are parts of, for ``search.json``."""
         return {kind: {"limit": limit, "full": self.full[kind]} for kind, limit in self.limits.items()}

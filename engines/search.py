@@ -17,7 +17,7 @@ from typing import Any
 from tokexport.engines.accuracy import EvalOptions
 from tokexport.engines.backend import load_backend
 from tokexport.engines.bench import Arm
-from tokexport.engines.cost_budget import Allowance, CostBudget, FullTimes, amount_text
+from tokexport.engines.cost_budget import Allowance, CostBudget, FullTimes
 from tokexport.engines.evaluation_data import DialogueSet
 from tokexport.engines.prompt import require_askable
 from tokexport.engines.recipe_comparison import artefact_of, compare_recipes, measure_recipes, require_one_model
@@ -66,10 +66,6 @@ class SearchOptions:
     def __post_init__(self) -> None:
         if self.finalists < 1 or self.repeats < 1:
             raise InputError(f"finalists {self.finalists} and repeats {self.repeats} must be at least 1")
-
-    def may_win(self, candidate: Candidate) -> bool:
-        """Return whether a candidate is of the methods that were asked for."""
-        return not self.methods or set(candidate.methods) <= set(self.methods)
 
     def report(self) -> dict[str, Any]:
         """Return the settings for ``search.json``."""
@@ -130,7 +126,7 @@ def search(
     progress("setting every form to the budgets")
     first = at_level(made, forms, allowance)
     ready = as_given(made, given, wanted.methods, allowance)
-    _require_some([one for one in (*first, *ready) if wanted.may_win(one)], allowance)
+    _require_some([one for one in (*first, *ready) if one.is_of(wanted.methods)], allowance)
     rounds = _Rounds(made, allowance, Screening(made, folder, screening, options, progress, tick), wanted.finalists)
     screened = rounds.run(first, ready, screening.size)
     finalists = _finalists(screened, wanted.finalists, allowance)
@@ -237,14 +233,10 @@ def _require_some(candidates: Sequence[Candidate], allowance: Allowance) -> None
         raise InputError("no method has a form that fits the model; give recipes with --also, or other methods")
     if not any(allowance.may_meet(candidate.costs) for candidate in candidates):
         nearest = min(candidates, key=lambda candidate: allowance.load(candidate.costs))
-        over = [
-            f"{amount_text(kind, nearest.costs[kind])} of {kind}, and {amount_text(kind, limit)} are allowed"
-            for kind, limit in allowance.limits.items()
-            if nearest.costs[kind] > limit
-        ]
         raise InputError(
             f"no candidate meets the budgets; the nearest is {nearest.recipe.name} with "
-            f"{nearest.plan.mean_vision_tokens:g} vision tokens per layer, which takes {' and '.join(over)}; allow more"
+            f"{nearest.plan.mean_vision_tokens:g} vision tokens per layer, {allowance.excess(nearest.costs)}; allow "
+            "more"
         )
 
 

@@ -72,7 +72,7 @@ class Outcome:
         controls: how the winner stands to each control that meets the budgets and is not worse than it.
         summary: in sentences, the most important first.
         full: the row of the uncompressed model.
-        limits: of the budgets, with what the uncompressed model takes.
+        allowance: the budgets as amounts, times as they were measured.
     """
 
     entries: tuple[Entry, ...]
@@ -81,7 +81,7 @@ class Outcome:
     controls: tuple[Verdict, ...]
     summary: tuple[str, ...]
     full: Mapping[str, Any]
-    limits: Mapping[Kind, Mapping[str, float]]
+    allowance: Allowance
 
     def report(self) -> dict[str, Any]:
         """Return its part of ``search.json``."""
@@ -91,7 +91,7 @@ class Outcome:
             "tied": list(self.tied),
             "controls_as_good": [verdict.report() for verdict in self.controls],
             "full": dict(self.full),
-            "limits": {kind: dict(limit) for kind, limit in self.limits.items()},
+            "limits": self.allowance.report(),
             "rows": [entry.report() for entry in self.entries],
         }
 
@@ -119,12 +119,14 @@ def judged(
         asked: the dialogues.
     """
     full = next(row for row in compared.rows if not row["compressed"])
-    limits = _limits(allowance, budgets, full)
-    entries = _entries(compared, candidates, limits, methods)
+    allowance = allowance.measured(budgets, full["ttft_ms"]["median"])
+    entries = _entries(compared, candidates, allowance, methods)
     able = [entry for entry in entries if entry.may_win]
     if not able:
-        summary = _nothing_found(entries, limits)
-        return Outcome(entries=entries, winner=None, tied=(), controls=(), summary=(summary,), full=full, limits=limits)
+        summary = _nothing_found(entries, allowance)
+        return Outcome(
+            entries=entries, winner=None, tied=(), controls=(), summary=(summary,), full=full, allowance=allowance
+        )
     dialogue_Q = asked.dialogue_numbers()
     best = max(able, key=lambda entry: (entry.contestant.accuracy, -entry.price))
     equal = [entry for entry in able if entry is best or _within_one_error(best, entry, dialogue_Q)]
@@ -141,9 +143,9 @@ def judged(
         winner=winner.candidate,
         tied=tuple(entry.name for entry in tied),
         controls=tuple(verdicts[entry.name] for entry in as_good),
-        summary=tuple(_summary(winner, limits, full, tied, as_good, num_controls=len(verdicts))),
+        summary=tuple(_summary(winner, allowance, full, tied, as_good, num_controls=len(verdicts))),
         full=full,
-        limits=limits,
+        allowance=allowance,
     )
 
 
@@ -155,32 +157,24 @@ def _within_one_error(best: Entry, other: Entry, dialogue_Q: NDArray[np.int64]) 
     return verdict.difference <= (high - low) / _ERRORS_OF_AN_INTERVAL
 
 
-def _limits(
-    allowance: Allowance, budgets: Sequence[CostBudget], full: Mapping[str, Any]
-) -> dict[Kind, Mapping[str, float]]:
-    limits: dict[Kind, Mapping[str, float]] = {}
-    for budget in budgets:
-        whole = full["ttft_ms"]["median"] if budget.kind == "ttft" else allowance.full[budget.kind]
-        limits[budget.kind] = {"limit": budget.amount or (budget.part or 0) * whole, "full": whole}
-    return limits
-
-
 def _entries(
     compared: RecipeComparison,
     candidates: Sequence[Candidate],
-    limits: Mapping[Kind, Mapping[str, float]],
+    allowance: Allowance,
     methods: Sequence[str],
 ) -> tuple[Entry, ...]:
     contestants = {one.recipe: one for one in compared.contestants}
     rows = {row["recipe"]: row for row in compared.rows}
     able = [candidate for candidate in candidates if candidate.recipe.name in contestants]
-    costs = {candidate.recipe.name: _costs(candidate, rows[candidate.recipe.name], list(limits)) for candidate in able}
+    costs = {
+        candidate.recipe.name: _costs(candidate, rows[candidate.recipe.name], list(allowance.limits))
+        for candidate in able
+    }
     points = {name: (contestants[name].accuracy, costs[name]) for name in costs}
     entries: list[Entry] = []
     for candidate in able:
         name = candidate.recipe.name
-        load = max(costs[name][kind] / limits[kind]["limit"] for kind in limits)
-        is_asked_for = not methods or set(candidate.methods) <= set(methods)
+        load = allowance.load(costs[name])
         entries.append(
             Entry(
                 candidate=candidate,
@@ -188,9 +182,9 @@ def _entries(
                 row=rows[name],
                 costs=costs[name],
                 load=load,
-                price=sum(costs[name][kind] / limits[kind]["full"] for kind in limits) / len(limits),
+                price=allowance.price(costs[name]),
                 is_pareto=not any(_dominates(other, points[name]) for other in points.values()),
-                may_win=load <= 1 and is_asked_for,
+                may_win=load <= 1 and candidate.is_of(methods),
             )
         )
     return tuple(sorted(entries, key=lambda entry: -entry.price))
@@ -205,7 +199,7 @@ def _dominates(one: tuple[float, Mapping[Kind, float]], other: tuple[float, Mapp
     return no_worse and (one[0] > other[0] or any(one[1][kind] < other[1][kind] for kind in one[1]))
 
 
-def _nothing_found(entries: Sequence[Entry], limits: Mapping[Kind, Mapping[str, float]]) -> str:
+def _nothing_found(entries: Sequence[Entry], allowance: Allowance) -> str:
     if not entries:
         return "none of the finalists could be built, evaluated and measured; see why in search.md"
     nearest = min(entries, key=lambda entry: entry.load)
@@ -214,20 +208,15 @@ def _nothing_found(entries: Sequence[Entry], limits: Mapping[Kind, Mapping[str, 
             f"only controls meet the budgets, e.g. {nearest.name}, and --method leaves them out; allow more, or add "
             "their methods"
         )
-    over = [
-        f"{amount_text(kind, nearest.costs[kind])} of {kind} where {amount_text(kind, limit['limit'])} are allowed"
-        for kind, limit in limits.items()
-        if nearest.costs[kind] > limit["limit"]
-    ]
     return (
         f"none of the {len(entries)} that were measured meets the budgets; the nearest is {nearest.name} with "
-        f"{' and '.join(over)}; allow more"
+        f"{allowance.excess(nearest.costs)}; allow more"
     )
 
 
 def _summary(
     winner: Entry,
-    limits: Mapping[Kind, Mapping[str, float]],
+    allowance: Allowance,
     full: Mapping[str, Any],
     tied: Sequence[Entry],
     controls: Sequence[Entry],
@@ -236,7 +225,7 @@ def _summary(
 ) -> list[str]:
     accuracy = winner.contestant.accuracy
     costs = ", ".join(
-        f"{NAMES[kind]} {amount_text(kind, cost)} ({100 * cost / limits[kind]['full']:.1f} % of full)"
+        f"{NAMES[kind]} {amount_text(kind, cost)} ({100 * cost / allowance.full[kind]:.1f} % of full)"
         for kind, cost in winner.costs.items()
     )
     lines = [

@@ -53,6 +53,10 @@ class Candidate:
     costs: Mapping[Kind, float]
     origin: str | None = None
 
+    def is_of(self, methods: Sequence[str]) -> bool:
+        """Return whether all its methods are among these; where none is given, all are."""
+        return not methods or set(self.methods) <= set(methods)
+
     @property
     def identity(self) -> str:
         """What two candidates that compute the same have in common."""
