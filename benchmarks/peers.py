@@ -3,7 +3,8 @@
 Peers are ``transformers``, OpenVINO by hand, OpenVINO GenAI and llama.cpp: a script each in ``benchmarks/peers/``, each
 in the Python that ``--python`` names; ``benchmarks/peers-requirements.txt`` says what that has to hold. The checkpoint
 has random weights and is written first; peers convert it as their users would. Whoever computes with weights of as many
-bits is open at once, all tokens and fewer apart, in processes of their own that take turns. A peer that cannot be had
+bits is open at once, all tokens and fewer apart, in processes of their own that take turns; with ``--one-at-a-time``
+alone, one after the other, where memory holds no more. A peer that cannot be had
 is a row with its reason. Run from the root of the repository:
 ``python -m benchmarks.peers --python PEERS/bin/python -o out/peers``.
 """
@@ -405,6 +406,7 @@ def chosen_recipes(names: Sequence[str], settings: Sequence[str]) -> list[Recipe
 @click.option("--text-tokens", default=36, show_default=True, type=click.IntRange(min=8))
 @click.option("--new-tokens", default=16, show_default=True, type=click.IntRange(min=1))
 @click.option("--limit", "limit_s", default=1800.0, show_default=True, help="Seconds after which a peer is given up.")
+@click.option("--one-at-a-time", is_flag=True, help="Nothing takes turns: for models of which memory holds but one.")
 @click.option("-o", "--out", type=click.Path(path_type=Path), default=Path("out/peers"), show_default=True)
 def main(
     names: Sequence[str],
@@ -417,10 +419,12 @@ def main(
     text_tokens: int,
     new_tokens: int,
     limit_s: float,
+    one_at_a_time: bool,
     out: Path,
 ) -> None:
     """Measure and write peers.json and peers.md."""
-    from benchmarks.peers_inputs import write_checkpoint, write_question
+    from benchmarks.peers_inputs import write_question
+    from benchmarks.random_checkpoint import write_checkpoint
     from tokexport.exporter.export import design
 
     peers = chosen_peers(peer_names)
@@ -461,12 +465,16 @@ def main(
         "rows": [],
         "pairs": [],
         "workload": {**asdict(workload), "repeats": repeats, "vision_tokens": spec.num_vision_tokens, "batch": 1},
+        "one_at_a_time": one_at_a_time,
         "recipes": [recipe.name for recipe in recipes],
         "environment": asdict(describe_environment(setting.threads)),
         "loads": measurement.loads,
     }
-    for group in dict.fromkeys(arm.group for arm in arms):
-        document["rows"] += measurement.group([arm for arm in arms if arm.group == group])
+    groups = [[arm for arm in arms if arm.group == group] for group in dict.fromkeys(arm.group for arm in arms)]
+    if one_at_a_time:
+        groups = [[arm] for group in groups for arm in group]
+    for together in groups:
+        document["rows"] += measurement.group(together)
         document["pairs"] = pairs(document["rows"])
         # A run that is ended has at least the groups before.
         write_atomically(out / "peers.json", json.dumps(document, indent=2) + "\n")

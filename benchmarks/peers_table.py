@@ -48,11 +48,12 @@ def table(document: Mapping[str, Any]) -> str:
     ours = [f"{name} {environment['versions'][name]}" for name in ("tokexport", "onnxruntime")]
     work = document["workload"]
     loads = ", ".join(f"{load['before']:.1f}" for load in document["loads"])
+    order = ", one system at a time" if document.get("one_at_a_time") else ""
     lines = [
         f"{environment['cpu']}, {environment['threads']} threads; {', '.join([*ours, *versions])}",
         "",
         f"{work['vision_tokens']} vision and {work['text_tokens']} text tokens, {work['new_tokens']} more tokens, "
-        f"medians of {work['repeats']} (10th to 90th percentile). Load before each group: {loads}.",
+        f"medians of {work['repeats']} (10th to 90th percentile){order}. Load before each group: {loads}.",
         "",
         "| weights | system | tokens a layer | first token, ms | vision, ms | prefill, ms | a token, ms | memory, MB "
         "| disk, MB | tokens as the first row |",

@@ -1,11 +1,10 @@
 """What exporting a model of full size costs beside copying its files: seconds, and memory above the interpreter's.
 
 Makes a checkpoint of random weights in the layout of published ones (sharded safetensors), copies it, and exports it.
-Run from the root of the repository: ``python benchmarks/streamed_export.py``; LLaVA-1.5-7B takes 14 GB for each of
+Run from the root of the repository: ``python -m benchmarks.streamed_export``; LLaVA-1.5-7B takes 14 GB for each of
 checkpoint, copy and artefact, of which the last two are removed again.
 """
 
-import json
 import os
 import shutil
 import subprocess
@@ -16,14 +15,11 @@ from pathlib import Path
 
 import click
 import psutil
-import torch
-from safetensors.torch import save_file
 
-from tokexport.exporter.checkpoint import processor_files
-from tokexport.exporter.export import Design, design
+from benchmarks.random_checkpoint import write_checkpoint
+from tokexport.exporter.export import design
 from tokexport.recipes.load import load_recipe
 
-_SHARD_BYTES = 5_000_000_000
 _BASELINE = "import time, torch, transformers, onnx, onnx_ir, onnxscript; time.sleep(1)"
 _EXPORT = "from tokexport.cli import main; main()"
 
@@ -37,12 +33,13 @@ def main(recipe: str, num_layers: int | None, out: Path) -> None:
     settings = ['model.weights="random"'] + ([f"model.num_layers={num_layers}"] if num_layers else [])
     made = design(load_recipe(recipe, settings))
     checkpoint = out / f"{made.recipe.model.checkpoint.rpartition('/')[2]}-{made.model.spec.num_layers}-random"
-    if not (checkpoint / "model.safetensors.index.json").is_file():
-        _make_checkpoint(made, checkpoint)
+    write_checkpoint(made, checkpoint)
     size = sum(path.stat().st_size for path in checkpoint.glob("*.safetensors"))
+    _forget(checkpoint)
     copy_seconds = _copy(checkpoint, out / "copy")
     baseline = _peak([sys.executable, "-c", _BASELINE])
     artefact = out / "artefact"
+    _forget(checkpoint)
     arguments = ["export", "-r", recipe, "--model", str(checkpoint), "--dtype", "float16", "-o", str(artefact)]
     export = _peak([sys.executable, "-c", _EXPORT, *arguments, "--overwrite", "--quiet"])
     shutil.rmtree(artefact)
@@ -56,30 +53,12 @@ def main(recipe: str, num_layers: int | None, out: Path) -> None:
     click.echo(f"| of which its own, not pages of files | {(export.anonymous - baseline.anonymous) / 1e6:.0f} MB |")
 
 
-def _make_checkpoint(made: Design, folder: Path) -> None:
-    """Write random weights in float16, in shards, as ``save_pretrained`` does, one shard in memory at a time."""
-    folder.mkdir(parents=True, exist_ok=True)
-    weights = made.open_weights()
-    places: dict[str, str] = {}
-    shard: dict[str, torch.Tensor] = {}
-    with click.progressbar(list(weights.shapes), label="making a checkpoint", file=sys.stderr) as names:
-        for name in names:
-            shard[name] = weights.load(name).half()
-            if sum(tensor.nbytes for tensor in shard.values()) > _SHARD_BYTES:
-                _write_shard(shard, folder, places)
-    _write_shard(shard, folder, places)
-    for path in processor_files(made.model.directory):
-        shutil.copyfile(path, folder / path.name)
-    made.model.config.to_json_file(folder / "config.json", use_diff=False)
-    index = {"metadata": {}, "weight_map": places}
-    (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2))
-
-
-def _write_shard(shard: dict[str, torch.Tensor], folder: Path, places: dict[str, str]) -> None:
-    file = f"model-{len(set(places.values())) + 1:05d}.safetensors"
-    save_file(shard, folder / file, {"format": "pt"})
-    places |= dict.fromkeys(shard, file)
-    shard.clear()
+def _forget(folder: Path) -> None:
+    """Let the system drop what it keeps of files in memory: the first to read them would be the only one to wait."""
+    os.sync()
+    for path in folder.glob("*.safetensors"):
+        with path.open("rb") as file:
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
 def _copy(folder: Path, target: Path) -> float:

@@ -56,6 +56,10 @@ from tokexport.recipes.load import recipe_table, recipe_toml
 from tokexport.recipes.schema import Recipe
 
 Progress = Callable[[str], None]
+# Reading and converting hide behind writing. Of quantized weights, one waits with the scale of what another rounds.
+_WRITERS = 3
+_IN_FLIGHT_BYTES = 1 << 29
+
 Tick = Callable[[int, int], None]
 
 
@@ -290,12 +294,18 @@ def _traced(
 
 
 def _store_weights(model: ir.Model, bound: Sequence[str], folder: Path, file_name: str, written: Tick) -> None:
-    """Read the weights one by one and write each before the next is read."""
+    """Read the weights one by one; while one is written the next is read and converted."""
     values = [model.graph.initializers[name] for name in bound]
     tensors = [value.const_value for value in values if value.const_value is not None]
-    total = sum(tensor.nbytes for tensor in tensors)
+    total, done = sum(tensor.nbytes for tensor in tensors), 0
+
+    def count(tensor: ir.TensorProtocol, _: object) -> None:
+        nonlocal done
+        written(done, total)
+        done += tensor.nbytes
+
     external = ir.external_data.convert_tensors_to_external(
-        tensors, folder, file_name, lambda _, info: written(info.offset, total), max_workers=1
+        tensors, folder, file_name, count, max_workers=_WRITERS, max_in_flight_bytes=_IN_FLIGHT_BYTES
     )
     for value, tensor in zip(values, external, strict=True):
         value.const_value = tensor

@@ -179,7 +179,7 @@ def _add_words(writer: GGUFWriter, size: int) -> None:
 
 def _add(writer: GGUFWriter, name: str, weight: NDArray[Any]) -> None:
     is_matrix = weight.ndim > 1 and "position_embd" not in name
-    writer.add_tensor(name, weight.astype(np.float16 if is_matrix else np.float32))
+    writer.add_tensor(name, weight.astype(np.float16 if is_matrix else np.float32, copy=False))
 
 
 def _close(writer: GGUFWriter) -> None:

@@ -10,8 +10,9 @@ Values stay lazy: a weight is read and rounded when it is written, so that a mod
 K inputs, N outputs, G blocks
 """
 
-from collections.abc import Mapping, Sequence
-from functools import lru_cache
+from collections.abc import Callable, Mapping, Sequence
+from threading import Lock
+from typing import Literal
 
 import ml_dtypes
 import numpy as np
@@ -119,22 +120,16 @@ def _lazy(weight: ir.Value, layer: QuantizedLayer) -> tuple[ir.Value, ir.Value]:
     tensor = weight.const_value
     assert tensor is not None
     rows, columns = tensor.shape.numpy()
-
-    @lru_cache(maxsize=1)
-    def rounded() -> RoundedWeight:
-        return layer.round(np.asarray(tensor.numpy(), np.float32))
-
+    once = _Once(lambda: layer.round(np.asarray(tensor.numpy(), np.float32)))
     is_int4 = layer.kind == "matrix" and layer.bits == "int4"
     name = weight.name or ""
 
     def read_values() -> ir.TensorProtocol:
-        values = rounded().values
+        values = once.take("values").values
         return ir.tensor(values.astype(ml_dtypes.int4) if is_int4 else values, name=f"{name}.{layer.bits}")
 
     def read_scale() -> ir.TensorProtocol:
-        scale = rounded().scale
-        # Values are written before their scale; the next weight needs the room.
-        rounded.cache_clear()
+        scale = once.take("scale").scale
         return ir.tensor(scale if layer.kind == "table" or is_int4 else scale[0], name=f"{name}.scale")
 
     if layer.kind == "table":
@@ -145,6 +140,26 @@ def _lazy(weight: ir.Value, layer: QuantizedLayer) -> tuple[ir.Value, ir.Value]:
     values = ir.LazyTensor(read_values, dtype=kinds, shape=ir.Shape((rows, columns)), name=f"{name}.{layer.bits}")
     scale = ir.LazyTensor(read_scale, dtype=ir.DataType.FLOAT, shape=ir.Shape(scale_shape), name=f"{name}.scale")
     return _initializer(values), _initializer(scale)
+
+
+class _Once:
+    """Rounds a weight for whoever asks first for values or scale, perhaps at the same time, and forgets it when it has
+    given both: the next weight needs the room."""
+
+    def __init__(self, round_weight: Callable[[], RoundedWeight]) -> None:
+        self._round, self._lock = round_weight, Lock()
+        self._rounded: RoundedWeight | None = None
+        self._taken: set[str] = set()
+
+    def take(self, part: Literal["values", "scale"]) -> RoundedWeight:
+        with self._lock:
+            rounded = self._round() if self._rounded is None else self._rounded
+            self._taken.add(part)
+            is_over = len(self._taken) == 2
+            self._rounded = None if is_over else rounded
+            if is_over:
+                self._taken.clear()
+            return rounded
 
 
 def _initializer(tensor: ir.LazyTensor) -> ir.Value:

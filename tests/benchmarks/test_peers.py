@@ -6,14 +6,17 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from click.testing import CliRunner, Result
 from safetensors.torch import load_file
 
+from benchmarks import random_checkpoint
 from benchmarks.peers import main, named_pythons
-from benchmarks.peers_inputs import published_name
 from benchmarks.peers_process import PeerProcess, readable
 from benchmarks.peers_table import pairs
+from benchmarks.random_checkpoint import published_name
 from tokexport.errors import TokexportError
+from tokexport.recipes.load import parse_recipe
 
 WORKING = """
 class Fake(Model):
@@ -87,6 +90,20 @@ def test_every_peer_is_a_row_and_none_stops_the_others(recipes: tuple[Path, Path
     assert "| float | fails_to_open default | 16 | ValueError: no int5 kernels |" in text
 
 
+@pytest.mark.slow
+def test_one_system_at_a_time_is_alone(recipes: tuple[Path, Path], tmp_path: Path):
+    peer = script(tmp_path, "working", WORKING)
+    outcome = ran(
+        *("--recipe", recipes[0], "--recipe", recipes[1], "--bits", "float", "--text-tokens", 8, "--new-tokens", 3),
+        *("--peers", peer, "--repeats", 1, "--threads", 1, "--one-at-a-time", "-o", tmp_path / "out"),
+    )
+    assert outcome.exit_code == 0, outcome.output
+    document = json.loads((tmp_path / "out" / "peers.json").read_text())
+    assert [row["system"] for row in document["rows"]] == ["working", "tokexport", "tokexport"]
+    assert len(document["loads"]) == 3  # each was opened when the one before was gone
+    assert "medians of 1 (10th to 90th percentile), one system at a time." in outcome.output
+
+
 @pytest.mark.parametrize("name", DAMAGE)
 def test_a_peer_that_does_not_answer_says_why(name: str, tmp_path: Path):
     body, reason = DAMAGE[name]
@@ -148,6 +165,24 @@ def test_tensors_have_the_names_of_published_checkpoints(checkpoint: Path):
         assert published_name(name).startswith(
             ("language_model.", "vision_tower.vision_model.", "multi_modal_projector.")
         )
+
+
+def test_a_checkpoint_is_written_in_shards_and_once(checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    from tokexport.exporter.export import design
+
+    monkeypatch.setattr(random_checkpoint, "_SHARD_BYTES", 50_000)
+    made = design(parse_recipe("tiny", {"model": {"family": "llava15", "checkpoint": str(checkpoint)}}))
+    folder = random_checkpoint.write_checkpoint(made, tmp_path / "written")
+    shards = sorted(folder.glob("*.safetensors"))
+    assert len(shards) > 2
+    stored = {name: tensor for path in shards for name, tensor in load_file(path).items()}
+    assert stored.keys() == json.loads((folder / "model.safetensors.index.json").read_text())["weight_map"].keys()
+    weights = made.open_weights()
+    for name in weights.shapes:
+        assert torch.equal(stored[published_name(name)], weights.load(name).half())
+    before = shards[0].stat().st_mtime_ns
+    random_checkpoint.write_checkpoint(made, folder)
+    assert shards[0].stat().st_mtime_ns == before
 
 
 def row(system: str, method: str, ttft: float, *, bits: str = "int8") -> dict[str, object]:

@@ -1,5 +1,7 @@
 """Weights become whole numbers, each is read once, and the graph computes what they stand for."""
 
+from pathlib import Path
+
 import numpy as np
 import onnx
 import onnx_ir as ir
@@ -105,6 +107,25 @@ def test_a_weight_is_read_once_when_it_is_written(bits: Bits):
             assert tensor is not None
             assert len(tensor.tobytes()) == tensor.nbytes
     assert graph.reads == ["a", "b"]
+
+
+@pytest.mark.parametrize("workers", [1, 4])
+@pytest.mark.parametrize("order", [1, -1], ids=["values first", "scale first"])
+def test_a_weight_is_read_once_however_many_write(workers: int, order: int, tmp_path: Path):
+    graph = Graph()
+    quantize = QuantizeWeights(layers("int8"))
+    quantize(graph.model)
+    names = [stored for name in ("a", "b") for stored in quantize.stored[name][::order]]
+    tensors = [graph.model.graph.initializers[name].const_value for name in names]
+    ir.external_data.convert_tensors_to_external(
+        [tensor for tensor in tensors if tensor is not None], tmp_path, "data", max_workers=workers
+    )
+    assert sorted(graph.reads) == ["a", "b"]
+    alone = Graph()
+    again = QuantizeWeights(layers("int8"))
+    again(alone.model)
+    expected = [alone.model.graph.initializers[name].const_value for name in names]
+    assert (tmp_path / "data").read_bytes() == b"".join(tensor.tobytes() for tensor in expected if tensor is not None)
 
 
 def test_a_layer_that_is_not_named_stays_as_it_is():
