@@ -1,9 +1,11 @@
 """Which of 4 x 4 patches stay, for every kind of choice."""
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+import onnx_ir as ir
 import pytest
 import torch
 
@@ -106,3 +108,17 @@ def test_a_stage_that_chooses_and_merges_is_said_to_be_hidden(see: See):
     found = see({"method": "prumerge", "keep": 8, "neighbours": 4})
     assert found.stages == ()
     assert found.hidden == "the graph does not give out what prumerge keeps of an image"
+
+
+def test_a_graph_that_does_not_name_a_choice_costs_its_picture_alone(
+    checkpoint: Path, exported: Callable[[Recipe], Bundle], tmp_path: Path
+):
+    made = exported(recipe_for(checkpoint, {"method": "divprune", "keep": 8}))
+    older = Bundle(Path(shutil.copytree(made.path, tmp_path / "older")), made.manifest)
+    graph = ir.load(older.graph_path("vision_encoder"))
+    for node in graph.graph:
+        node.name = (node.name or "").replace("/stages/divprune/index/", "/stages/divprune/")
+    ir.save(graph, older.graph_path("vision_encoder"))
+    found = kept_tokens(older, made_image(), "Is there a star?", threads=1)
+    assert found.stages == ()
+    assert found.hidden == "the vision graph has no nodes of stages.divprune.index; export it again"
