@@ -4,8 +4,8 @@ Peers are ``transformers``, OpenVINO by hand, OpenVINO GenAI and llama.cpp: a sc
 in the Python that ``--python`` names; ``benchmarks/peers-requirements.txt`` says what that has to hold. The checkpoint
 has random weights and is written first; peers convert it as their users would. Whoever computes with weights of as many
 bits is open at once, all tokens and fewer apart, in processes of their own that take turns; with ``--one-at-a-time``
-alone, one after the other, where memory holds no more. A peer that cannot be had
-is a row with its reason. Run from the root of the repository:
+alone, one after the other, where memory holds no more. A peer that cannot be had is a row with its reason. Run from the
+root of the repository:
 ``python -m benchmarks.peers --python PEERS/bin/python -o out/peers``.
 """
 
@@ -450,6 +450,8 @@ def main(
         bundles = our_artefacts(recipes, setting, bits)
     except TokexportError as error:
         raise click.ClickException(str(error)) from error
+    except OSError as error:
+        raise click.ClickException(f"{out} cannot be written ({error.strerror or error}); choose another -o") from error
     asked = make_question(spec, workload)
     question = {
         "pixels": str((out / "pixels.npy").absolute()),

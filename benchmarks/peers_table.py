@@ -61,6 +61,8 @@ def table(document: Mapping[str, Any]) -> str:
     ]
     reference = next((row["tokens_said"] for row in rows if row.get("tokens_said")), [])
     lines += [_line(row, reference) for row in rows]
+    if not document["pairs"]:
+        return "\n".join(lines) + "\n"
     lines += [
         "",
         "Ours beside the fastest peer with weights of as many bits; above 1 ours is faster or smaller:",

@@ -56,11 +56,10 @@ from tokexport.recipes.load import recipe_table, recipe_toml
 from tokexport.recipes.schema import Recipe
 
 Progress = Callable[[str], None]
+Tick = Callable[[int, int], None]
 # Reading and converting hide behind writing. Of quantized weights, one waits with the scale of what another rounds.
 _WRITERS = 3
 _IN_FLIGHT_BYTES = 1 << 29
-
-Tick = Callable[[int, int], None]
 
 
 @dataclass(frozen=True)
