@@ -6,8 +6,8 @@ bound to lazy tensors that are read when the file is written. No weight is in me
 
 import ast
 import contextlib
+import functools
 import logging
-import re
 import warnings
 from collections.abc import Generator, Mapping, Sequence
 from typing import Any
@@ -23,12 +23,17 @@ from onnx_ir.passes.common import (
     RemoveUnusedNodesPass,
 )
 from onnxscript.optimizer import fold_constants
+from onnxscript.version_converter import convert_version
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.onnx._internal.exporter._core import exported_program_to_ir
+from torch.onnx._internal.exporter._registration import ONNXRegistry
 
 from tokexport.exporter.graph_io import GraphIO, TensorIO, node_scope
 from tokexport.exporter.modules.ops import onnx_translations
 from tokexport.exporter.passes.fold_weight_transposes import FoldWeightTransposes
+from tokexport.exporter.passes.share_sizes import ShareSizes
+from tokexport.exporter.repeated_layers import SCOPES, RepeatedLayers, renamed
 from tokexport.exporter.weights import Weights, converted
 
 OPSET = 24
@@ -55,6 +60,7 @@ def trace(module: nn.Module, io: GraphIO, *, dtype: str, vision: int = 0) -> ir.
         "prefix + vision + suffix": _EXAMPLE_SIZES["prefix"] + vision + _EXAMPLE_SIZES["suffix"],
     }
     module = module.to(getattr(torch, dtype)).eval().requires_grad_(False)
+    layers = RepeatedLayers(module)
     with FakeTensorMode(allow_non_fake_inputs=True), _quiet():
         _make_fake(module)
         tensors = [_example(tensor, sizes) for tensor in io.inputs]
@@ -63,28 +69,12 @@ def trace(module: nn.Module, io: GraphIO, *, dtype: str, vision: int = 0) -> ir.
             for tensor in io.inputs
         ]
         plain = sum(not tensor.name.startswith("past_key_values.") for tensor in io.inputs)
-        program = torch.export.export(
-            module,
-            _with_pairs(tensors, plain),
-            dynamic_shapes=_with_pairs(shapes, plain),
-            strict=False,
-        )
-        onnx_program = torch.onnx.export(
-            program,
-            dynamo=True,
-            opset_version=OPSET,
-            custom_translation_table=onnx_translations(),
-            optimize=False,
-            verbose=False,
-        )
-    assert onnx_program is not None
-    model = onnx_program.model
-    for value in model.graph.initializers.values():
-        if isinstance(getattr(value.const_value, "raw", None), FakeTensor):
-            value.const_value = None
-    InlinePass()(model)
+        with layers.set_apart():
+            model = _converted(module, _with_pairs(tensors, plain), _with_pairs(shapes, plain))
+        layers.put_back(model, _converted)
     fold_constants(model)
     Sequential(
+        ShareSizes(),
         LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0),
         CommonSubexpressionEliminationPass(),
         RemoveUnusedNodesPass(),
@@ -116,6 +106,34 @@ def bind_weights(model: ir.Model, weights: Weights, names: Mapping[str, str], dt
     fold = FoldWeightTransposes()
     fold(model)
     return {name: fold.renamed.get(name, name) for name in bound}
+
+
+def _converted(module: nn.Module, args: tuple[Any, ...], dynamic_shapes: tuple[Any, ...]) -> ir.Model:
+    """Return the graph of a module of fake parameters, whose values are missing in it."""
+    program = torch.export.export(module, args, dynamic_shapes=dynamic_shapes, strict=False)
+    translations = _translations()
+    called = {node.target for node in program.graph.nodes if node.op == "call_function"}
+    # The exporter leaves these checks out.
+    called.discard(torch.ops.aten._assert_tensor_metadata.default)
+    if all(map(translations.is_registered, called)):
+        # It would be traced once more, to decompose nothing.
+        program.run_decompositions = lambda *_, **__: program
+    model = exported_program_to_ir(program, registry=translations)
+    convert_version(model, OPSET)
+    for value in model.graph.initializers.values():
+        if isinstance(getattr(value.const_value, "raw", None), FakeTensor):
+            value.const_value = None
+    InlinePass()(model)
+    return model
+
+
+@functools.cache
+def _translations() -> ONNXRegistry:
+    """Return how the exporter of PyTorch writes each operator, which ``torch.onnx.export`` finds out at every call."""
+    registry = ONNXRegistry.from_torchlib(opset_version=OPSET)
+    for operator, translation in onnx_translations().items():
+        registry.register_op(operator, translation)
+    return registry
 
 
 def _lazy(name: str, stored_name: str, weights: Weights, shape: ir.Shape, dtype: str) -> ir.LazyTensor:
@@ -177,7 +195,7 @@ def _name_inputs_and_outputs(model: ir.Model, io: GraphIO) -> None:
         }
     for value in _all_values(model.graph):
         if value.shape is not None:
-            value.shape = ir.Shape([_renamed_dim(dim, symbols) for dim in value.shape])
+            value.shape = ir.Shape([renamed(dim, symbols) for dim in value.shape])
     for values, tensors in ((model.graph.inputs, io.inputs), (model.graph.outputs, io.outputs)):
         for value, tensor in zip(values, tensors, strict=True):
             value.name = tensor.name
@@ -185,12 +203,16 @@ def _name_inputs_and_outputs(model: ir.Model, io: GraphIO) -> None:
             value.dtype = ir.DataType[_IR_NAMES[tensor.dtype]]
 
 
+# The second is that of sizes, which are read for the whole graph.
+_NO_SCOPES = ("", "_empty_nn_module_stack_from_metadata_hook")
+
+
 def _name_nodes(graph: ir.Graph) -> None:
     """Name every node by the module it comes from, e.g. ``/layers.0/self_attn/q_proj/MatMul``."""
     seen: dict[str, int] = {}
     for node in graph:
-        scopes = ast.literal_eval(node.metadata_props.get("pkg.torch.onnx.name_scopes", "['']"))
-        scope = next((entry for entry in reversed(scopes[:-1]) if entry), "")
+        scopes = ast.literal_eval(node.metadata_props.get(SCOPES, "['']"))
+        scope = next((entry for entry in reversed(scopes[:-1]) if entry not in _NO_SCOPES), "")
         name = f"{node_scope(scope)}{node.op_type}".replace("//", "/")
         seen[name] = seen.get(name, 0) + 1
         node.name = name if seen[name] == 1 else f"{name}_{seen[name]}"
@@ -198,9 +220,3 @@ def _name_nodes(graph: ir.Graph) -> None:
 
 def _all_values(graph: ir.Graph) -> Sequence[ir.Value]:
     return [*graph.inputs, *(output for node in graph for output in node.outputs)]
-
-
-def _renamed_dim(dim: int | ir.SymbolicDim, symbols: Mapping[str, str]) -> int | ir.SymbolicDim:
-    if isinstance(dim, int) or dim.value is None:
-        return dim
-    return ir.SymbolicDim(re.sub(r"[A-Za-z_]\w*", lambda match: symbols.get(match[0], match[0]), dim.value))

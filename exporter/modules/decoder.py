@@ -126,6 +126,9 @@ class Span:
     end_B: Tensor
 
 
+for _leaves in (Rope, Span):
+    torch.export.register_dataclass(_leaves)  # so that a layer's tensors can be told when it is traced
+
 LayerCache = tuple[Tensor, Tensor]
 """Keys and values of one layer, (B, K, C, E) each."""
 

@@ -300,9 +300,23 @@ def _onnx_gather_tokens(features: Any, index: Any) -> Any:
     return onnx_op.Gather(features, index, axis=1)
 
 
+def _onnx_to(x: Any, dtype: int, non_blocking: bool = False, copy: bool = False, memory_format: Any = None) -> Any:
+    return onnx_op.Cast(x, to=dtype)
+
+
+def _onnx_matrix_transpose(x: Any) -> Any:
+    *others, rows, columns = range(len(x.shape))
+    return onnx_op.Transpose(x, perm=[*others, columns, rows])
+
+
 def onnx_translations() -> dict[Callable[..., Any], Callable[..., Any]]:
-    """How ``torch.onnx.export`` writes each operator: one ONNX node."""
+    """How ``torch.onnx.export`` writes each operator: one ONNX node.
+
+    Those of PyTorch are the ones that the exporter itself has no translation for, or one of several nodes.
+    """
     return {
+        torch.ops.aten.to.dtype: _onnx_to,
+        torch.ops.aten.mT.default: _onnx_matrix_transpose,
         torch.ops.tokexport.cached_attention.default: _onnx_attention,
         torch.ops.tokexport.cache_update.default: _onnx_cache_update,
         torch.ops.tokexport.rotary.default: _onnx_rotary,
