@@ -69,8 +69,9 @@ def engine_table(record: Mapping[str, Any]) -> Table:
     """Return what compiling made."""
     room = record["room"]
     title = (
-        f"{record['backend']} {record['version']}, compute capability {record['capability']}, {record['dtype']}, room "
-        f"for {room['max_text_tokens']} text tokens and {room['max_images']} images"
+        f"{record['backend']} {record['version']}, compute capability {record['capability']}, {record['dtype']}, "
+        f"{record['attention']} attention, room for {room['max_text_tokens']} text tokens and "
+        f"{room['max_images']} images"
     )
     table = new_table("engine", "fused attentions", "rotary", "cache updates", "size", "seconds", title=title)
     for name, engine in record["engines"].items():

@@ -6,11 +6,11 @@ from pathlib import Path
 from tokexport.engines.backend import AttentionKind, Compiler, SessionOptions
 from tokexport.engines.environment import missing_gpu
 from tokexport.engines.tensorrt.compiler import build_decoder, build_vision_encoder
-from tokexport.engines.tensorrt.engine_folder import RECORD, engine_path, find, require_disk, store
+from tokexport.engines.tensorrt.engine_folder import engine_path, find, require_disk, require_none, store
 from tokexport.engines.tensorrt.flash_plugin import register_flash_attention, require_plugins
 from tokexport.engines.tensorrt.library import Library, gpu_capability, require_capability
 from tokexport.engines.tensorrt.session import TensorrtSession
-from tokexport.errors import BackendUnavailableError, EngineError
+from tokexport.errors import BackendUnavailableError
 from tokexport.exporter.bundle import Bundle
 
 
@@ -48,8 +48,8 @@ class TensorrtBackend(Compiler):
             require_plugins(self.library)
         chosen = self._capability(capability)
         path = engine_path(bundle, self.library, chosen)
-        if (path / RECORD).is_file() and not overwrite:
-            raise EngineError(f"{path} is there already; build it again with --overwrite, or use it as it is")
+        if not overwrite:
+            require_none(path)
         target = self.library.require_target(chosen) if self.library.targets else None
         require_disk(bundle)
         if attention == "plugin":
@@ -58,7 +58,7 @@ class TensorrtBackend(Compiler):
         vision = build_vision_encoder(bundle, self.library, options, target)
         progress("building the decoder")
         decoder = build_decoder(bundle, self.library, options, target, attention)
-        store(path, bundle, self.library, chosen, options, {"vision_encoder": vision, "decoder": decoder})
+        store(path, bundle, self.library, chosen, options, attention, {"vision_encoder": vision, "decoder": decoder})
         return path
 
     def open(self, bundle: Bundle, options: SessionOptions) -> TensorrtSession:

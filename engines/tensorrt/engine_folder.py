@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tokexport.engines.backend import SessionOptions
+from tokexport.engines.backend import AttentionKind, SessionOptions
 from tokexport.engines.tensorrt.compiler import Built
 from tokexport.engines.tensorrt.library import Library
 from tokexport.errors import EngineError, InputError
@@ -66,7 +66,13 @@ def engine_path(bundle: Bundle, library: Library, capability: str) -> Path:
 
 
 def store(
-    path: Path, bundle: Bundle, library: Library, capability: str, options: SessionOptions, built: Mapping[str, Built]
+    path: Path,
+    bundle: Bundle,
+    library: Library,
+    capability: str,
+    options: SessionOptions,
+    attention: AttentionKind,
+    built: Mapping[str, Built],
 ) -> Engines:
     """Write engines so that no half of them is ever seen; what stood there is replaced.
 
@@ -79,6 +85,7 @@ def store(
         "version": library.version,
         "capability": capability,
         "dtype": bundle.recipe.export.dtype,
+        "attention": attention,
         "room": {"max_text_tokens": options.max_text_tokens, "max_images": options.max_images},
         "graphs": _graph_checksums(bundle),
         "engines": {name: engine.report() for name, engine in built.items()},
@@ -104,6 +111,22 @@ def store(
             "allow writing there"
         ) from error
     return Engines(path, record)
+
+
+def require_none(path: Path) -> None:
+    """Check that no engines stand where engines are to be written.
+
+    Raises:
+        EngineError: some do.
+    """
+    try:
+        found = json.loads((path / RECORD).read_text(encoding="utf-8")).get("attention")
+    except FileNotFoundError:
+        return
+    except (OSError, ValueError, AttributeError):
+        found = None
+    kind = "" if found is None else f" with {found} attention"
+    raise EngineError(f"{path} is there already{kind}; build it again with --overwrite, or use it as it is")
 
 
 def require_disk(bundle: Bundle) -> None:

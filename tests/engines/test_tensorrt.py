@@ -222,7 +222,7 @@ def test_engines_are_built_without_a_gpu_every_attention_fused(compiled: tuple[B
     bundle, path = compiled
     record = json.loads((path / "engine.json").read_text())
     assert path.name == f"tensorrt-rtx-{record['version']}-sm86-float16"
-    assert record["room"] == {"max_text_tokens": 40, "max_images": 2}
+    assert (record["attention"], record["room"]) == ("fused", {"max_text_tokens": 40, "max_images": 2})
     decoder = record["engines"]["decoder"]
     # One a layer and phase.
     assert decoder["fused_attentions"] == 3 * NUM_LAYERS
@@ -240,7 +240,7 @@ def test_engines_are_built_without_a_gpu_every_attention_fused(compiled: tuple[B
 
 def test_engines_that_stand_there_are_kept_unless_told_otherwise(compiled: tuple[Bundle, Path]):
     bundle, path = compiled
-    with pytest.raises(EngineError, match="is there already; build it again with --overwrite"):
+    with pytest.raises(EngineError, match="is there already with fused attention; build it again with --overwrite"):
         compiler().compile(bundle, OPTIONS, capability="8.6")
     before = (path / "engine.json").stat().st_mtime_ns
     assert compiler().compile(bundle, OPTIONS, capability="8.6", overwrite=True) == path
