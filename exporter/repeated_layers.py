@@ -15,6 +15,7 @@ import onnx_ir as ir
 import torch
 from onnx_ir.convenience import replace_all_uses_with
 from torch import Tensor, nn
+from torch._guards import detect_fake_mode
 from torch.fx.experimental.proxy_tensor import disable_proxy_modes_tracing
 from torch.utils import _pytree as pytree
 
@@ -52,7 +53,8 @@ class RepeatedLayers:
     """The layers of a module's lists that have an equal in their list.
 
     A layer is traced apart where each of its outputs has the shape and dtype of one of the tensors that it takes, as it
-    is with whatever can be repeated. Any other is traced where it stands.
+    is with whatever can be repeated, and where it takes nothing but tensors and plain values and writes into none. Any
+    other is traced where it stands. What a layer decides in Python by a size, it decides as in its first call.
     """
 
     def __init__(self, module: nn.Module) -> None:
@@ -94,14 +96,15 @@ class RepeatedLayers:
 
         def stand_in(*args: Any, **kwargs: Any) -> Any:
             leaves, tree = pytree.tree_flatten((args, kwargs))
-            call = _Call(name, layer, tuple(leaves), tree, (likeness, tree, tuple(map(_kind, leaves))))
+            shape_of_leaves = _kind(leaves)
+            if shape_of_leaves is None:
+                return forward(*args, **kwargs)
+            call = _Call(name, layer, tuple(leaves), tree, (likeness, tree, shape_of_leaves))
             if call.kind not in self._outputs:
-                with disable_proxy_modes_tracing():
-                    outputs, output_tree = pytree.tree_flatten(forward(*args, **kwargs))
-                self._outputs[call.kind] = [_source(output, call.tensors) for output in outputs], output_tree
+                self._outputs[call.kind] = _probed(call, forward)
             sources, output_tree = self._outputs[call.kind]
             like = [call.tensors[source] for source in sources if source is not None]
-            if len(like) < len(sources) or any(isinstance(leaf, torch.SymInt) for leaf in leaves):
+            if len(like) < len(sources):
                 return forward(*args, **kwargs)
             self._calls.append(call)
             results = torch.onnx.ops.symbolic_multi_out(
@@ -115,6 +118,30 @@ class RepeatedLayers:
             return pytree.tree_unflatten(results, output_tree)
 
         return stand_in
+
+
+def _probed(call: _Call, forward: Callable[..., Any]) -> tuple[Sequence[int | None], pytree.TreeSpec]:
+    """Return for each output which tensor that the layer takes looks like it, None where it cannot be traced apart."""
+    args, kwargs = pytree.tree_unflatten(list(call.leaves), call.tree)
+    found_inside = _sizes_of_data(call)
+    num_before, versions = len(found_inside), _versions(call)
+    with disable_proxy_modes_tracing():
+        outputs, tree = pytree.tree_flatten(forward(*args, **kwargs))
+    if len(found_inside) > num_before or _versions(call) != versions:
+        del found_inside[num_before:]
+        return [None], tree
+    return [_source(output, call.tensors) for output in outputs], tree
+
+
+def _sizes_of_data(call: _Call) -> list[Any]:
+    """Return the list of sizes that depend on data, to which a layer adds those that it makes."""
+    mode = detect_fake_mode(call.tensors)
+    return [] if mode is None or mode.shape_env is None else mode.shape_env.pending_fresh_unbacked_symbols
+
+
+def _versions(call: _Call) -> list[int]:
+    """Return how often each tensor was written into."""
+    return [tensor._version for tensor in call.tensors]  # pyright: ignore[reportPrivateUsage]
 
 
 class _Flat(nn.Module):
@@ -160,16 +187,18 @@ def _put(graph: ir.Graph, node: ir.Node, body: ir.Graph, name: str, prefix: str)
             for found, size in zip(formal.shape, value.shape, strict=True)
             if isinstance(found, ir.SymbolicDim) and isinstance(size, ir.SymbolicDim)
         }
-    replace_all_uses_with(body.inputs, given, replace_graph_outputs=True)
-    for weight, value in body.initializers.items():
-        own = f"{name}.{weight.removeprefix('layer.')}"
-        if own not in graph.initializers:
-            graph.initializers.add(
-                ir.Value(name=own, shape=value.shape, type=value.type, const_value=value.const_value)
-            )
-        replace_all_uses_with(value, graph.initializers[own], replace_graph_outputs=True)
-    nodes, outputs = list(body), list(body.outputs)
+    outer = dict(zip(body.inputs, given, strict=True))
+    outputs = [outer.get(value, value) for value in body.outputs]
     body.outputs.clear()
+    for weight, value in body.initializers.items():
+        # A constant of the trace may be another one in another call of the layer.
+        own = f"{name}.{weight.removeprefix('layer.')}" if value.const_value is None else f"{prefix}/{weight}"
+        if own not in graph.initializers:
+            added = ir.Value(name=own, shape=value.shape, type=value.type, const_value=value.const_value)
+            graph.initializers.add(added)
+        outer[value] = graph.initializers[own]
+    replace_all_uses_with(list(outer), list(outer.values()))
+    nodes = list(body)
     body.remove(nodes)
     for inner in nodes:
         inner.name = f"{prefix}/{inner.name}"
@@ -198,14 +227,33 @@ def renamed(dim: int | ir.SymbolicDim, symbols: Mapping[str, str]) -> int | ir.S
     return ir.SymbolicDim(re.sub(r"[A-Za-z_]\w*", other, dim.value))
 
 
-def _kind(leaf: Any) -> object:
-    if isinstance(leaf, Tensor):
-        return leaf.dtype, tuple(size if isinstance(size, int) else None for size in _sizes(leaf))
-    return _plain(leaf)
+def _kind(leaves: Sequence[Any]) -> object:
+    """Return what calls of the same graph share, or None where a layer takes what cannot be handed to another trace.
+
+    Sizes that have a name are told apart by the first place where they stand, so that equal ones remain equal.
+    """
+    first: dict[str, int] = {}
+    kinds: list[object] = []
+    for leaf in leaves:
+        if not isinstance(leaf, Tensor):
+            if not isinstance(leaf, int | float | str | bool | None):
+                return None
+            kinds.append(_plain(leaf))
+            continue
+        sizes = _sizes(leaf)
+        if not all(isinstance(size, int) or size.node.has_hint() for size in sizes):
+            return None
+        kinds.append(
+            (
+                leaf.dtype,
+                tuple(size if isinstance(size, int) else (first.setdefault(str(size), len(first)),) for size in sizes),
+            )
+        )
+    return tuple(kinds)
 
 
 def _sizes(tensor: Tensor) -> tuple[Any, ...]:
-    """Return the shape of a tensor, numbers and symbols."""
+    """Return the shape of a tensor, in which type checkers see numbers alone, but symbols are too."""
     return tuple(tensor.shape)
 
 
@@ -231,9 +279,11 @@ def _with_equals(module: nn.Module) -> Generator[tuple[str, object]]:
 def _likeness(layer: nn.Module) -> object:
     """Return what two layers share that differ in nothing but the values of their weights.
 
-    Objects that are no plain values must be the same ones. A buffer is data, and its layer is like no other.
+    Objects that are no plain values must be the same ones. A buffer is data and a hook may do anything, so a layer with
+    one is like no other.
     """
-    if any(True for _ in layer.buffers()):
+    parts = list(layer.named_modules())
+    if any(vars(part)[kept] for _, part in parts for kept in ("_buffers", "_forward_hooks", "_forward_pre_hooks")):
         return id(layer)
     return tuple(
         (
@@ -242,12 +292,15 @@ def _likeness(layer: nn.Module) -> object:
             tuple((key, _plain(value)) for key, value in vars(part).items() if key not in _BOOKKEEPING),
             tuple((key, value.shape, value.dtype) for key, value in part.named_parameters(recurse=False)),
         )
-        for name, part in layer.named_modules()
+        for name, part in parts
     )
 
 
 def _plain(value: object) -> object:
-    return value if isinstance(value, int | float | str | bool | tuple | None) else id(value)
+    """Return something that is equal for equal plain values and for the same object alone."""
+    if isinstance(value, tuple):
+        return tuple(map(_plain, value))  # pyright: ignore[reportUnknownArgumentType, reportUnknownVariableType]
+    return type(value), value if isinstance(value, int | float | str | bool | None) else id(value)
 
 
 _BOOKKEEPING = vars(nn.Module()).keys()

@@ -26,6 +26,7 @@ from onnxscript.optimizer import fold_constants
 from onnxscript.version_converter import convert_version
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.fx import GraphModule
 from torch.onnx._internal.exporter._core import exported_program_to_ir
 from torch.onnx._internal.exporter._registration import ONNXRegistry
 
@@ -112,14 +113,15 @@ def _converted(module: nn.Module, args: tuple[Any, ...], dynamic_shapes: tuple[A
     """Return the graph of a module of fake parameters, whose values are missing in it."""
     program = torch.export.export(module, args, dynamic_shapes=dynamic_shapes, strict=False)
     translations = _translations()
-    called = {node.target for node in program.graph.nodes if node.op == "call_function"}
+    graphs = [part.graph for part in program.graph_module.modules() if isinstance(part, GraphModule)]
+    called = {node.target for graph in graphs for node in graph.nodes if node.op == "call_function"}
     # The exporter leaves these checks out.
     called.discard(torch.ops.aten._assert_tensor_metadata.default)
     if all(map(translations.is_registered, called)):
-        # It would be traced once more, to decompose nothing.
+        # It would trace the program once more to take operators apart, which nothing here needs.
         program.run_decompositions = lambda *_, **__: program
     model = exported_program_to_ir(program, registry=translations)
-    convert_version(model, OPSET)
+    convert_version(model, OPSET, fallback=True)
     for value in model.graph.initializers.values():
         if isinstance(getattr(value.const_value, "raw", None), FakeTensor):
             value.const_value = None

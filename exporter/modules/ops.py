@@ -1,7 +1,7 @@
-"""The operators of the decoder that must reach ONNX as one node each.
+"""The operators that must reach ONNX as they are meant.
 
 Every operator has a PyTorch body, so that a module which calls it *is* the reference, and a
-translation to exactly one standard ONNX node, so that engines find an attention and not its pieces.
+translation to one standard ONNX node or a few, so that engines find an attention and not its pieces.
 
 B batch, T new tokens, H query heads, K key/value heads, E head width, C cache capacity, R table rows,
 N vision tokens that arrive, M kept ones, D width, X = heads x E
@@ -309,14 +309,24 @@ def _onnx_matrix_transpose(x: Any) -> Any:
     return onnx_op.Transpose(x, perm=[*others, columns, rows])
 
 
-def onnx_translations() -> dict[Callable[..., Any], Callable[..., Any]]:
-    """How ``torch.onnx.export`` writes each operator: one ONNX node.
+def _onnx_flatten(x: Any, start_dim: int = 0, end_dim: int = -1) -> Any:
+    # Not -1 for what is flattened: of no tokens, any number would do.
+    start, end = start_dim % len(x.shape), end_dim % len(x.shape) + 1
+    size = onnx_op.ReduceProd(onnx_op.Shape(x, start=start, end=end))
+    shape = onnx_op.Concat(onnx_op.Shape(x, start=0, end=start), size, onnx_op.Shape(x, start=end), axis=0)
+    return onnx_op.Reshape(x, shape, allowzero=1)
 
-    Those of PyTorch are the ones that the exporter itself has no translation for, or one of several nodes.
+
+def onnx_translations() -> dict[Callable[..., Any], Callable[..., Any]]:
+    """Return how each operator is written, beside those that the exporter of PyTorch knows.
+
+    Three are PyTorch's own: it has no translation of ``to``, writes ``mT`` as an ``Einsum``, and ``flatten`` so that a
+    graph refuses a call without tokens.
     """
     return {
         torch.ops.aten.to.dtype: _onnx_to,
         torch.ops.aten.mT.default: _onnx_matrix_transpose,
+        torch.ops.aten.flatten.using_ints: _onnx_flatten,
         torch.ops.tokexport.cached_attention.default: _onnx_attention,
         torch.ops.tokexport.cache_update.default: _onnx_cache_update,
         torch.ops.tokexport.rotary.default: _onnx_rotary,

@@ -40,4 +40,4 @@ def _single_axis(node: ir.Node) -> int | None:
     if node.op_type != "Shape" or node.domain != "" or not {"start", "end"} <= node.attributes.keys():
         return None
     start, end = node.attributes["start"].as_int(), node.attributes["end"].as_int()
-    return start if end == start + 1 else None
+    return start if start >= 0 and end == start + 1 else None

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from tokexport.exporter import trace as tracing
 from tokexport.exporter.graph_io import GraphIO, TensorIO
+from tokexport.exporter.repeated_layers import RepeatedLayers
 from tokexport.exporter.trace import trace
 
 WIDTH = 4
@@ -93,6 +94,14 @@ def traced(monkeypatch: pytest.MonkeyPatch) -> Traced:
     return get
 
 
+def assert_same(graph: ir.Model, model: nn.Module) -> None:
+    """Run both on inputs of other sizes than those that were traced."""
+    x, seen = torch.randn(3, 6, WIDTH), torch.randn(3, 6)
+    computed: Any = ReferenceEvaluator(ir.to_proto(graph)).run(None, {"x": x.numpy(), "seen": seen.numpy()})
+    for wanted, value in zip(model(x, seen), computed, strict=True):
+        np.testing.assert_allclose(value, wanted.detach().numpy(), rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.parametrize(
     ("model", "num_traces"),
     [
@@ -109,10 +118,7 @@ def traced(monkeypatch: pytest.MonkeyPatch) -> Traced:
 def test_the_graph_computes_what_the_model_does(model: nn.Module, num_traces: int, traced: Traced):
     graph, found = traced(model)
     assert found == num_traces
-    x, seen = torch.randn(3, 6, WIDTH), torch.randn(3, 6)
-    computed: Any = ReferenceEvaluator(ir.to_proto(graph)).run(None, {"x": x.numpy(), "seen": seen.numpy()})
-    for wanted, value in zip(model(x, seen), computed, strict=True):
-        np.testing.assert_allclose(value, wanted.detach().numpy(), rtol=1e-5, atol=1e-6)
+    assert_same(graph, model)
 
 
 def test_a_layer_has_nodes_weights_and_sizes_of_its_own(traced: Traced):
@@ -129,7 +135,84 @@ def test_a_layer_has_nodes_weights_and_sizes_of_its_own(traced: Traced):
     assert set(graph.opset_imports) == {""}
 
 
-def test_layers_run_as_before_when_they_were_traced(traced: Traced):
-    model = Model(Layer(), Layer())
-    traced(model)
-    assert not any("forward" in vars(layer) for layer in model.layers)
+def test_layers_run_as_before_when_they_were_set_apart():
+    model = Model(Layer(), Layer(), Layer(3.0))
+    layers = RepeatedLayers(model)
+
+    def replaced() -> list[bool]:
+        return ["forward" in vars(layer) for layer in model.layers]
+
+    def fail_inside() -> None:
+        with layers.set_apart():
+            assert replaced() == [True, True, False]
+            raise KeyError
+
+    with pytest.raises(KeyError):
+        fail_inside()
+    assert replaced() == [False] * 3
+
+
+def test_layers_with_hooks_buffers_or_other_values_are_not_equal():
+    def apart(*layers: nn.Module) -> list[bool]:
+        with RepeatedLayers(model := Model(*layers)).set_apart():
+            return ["forward" in vars(layer) for layer in model.layers]
+
+    assert apart(Layer(), Layer()) == [True, True]
+    assert apart(Layer(1.0), Layer(True)) == [False, False]
+    assert apart(Layer(), Layer(width=5)) == [False, False]
+    hooked, buffered = Layer(), Layer()
+    hooked.register_forward_hook(lambda *_: None)
+    buffered.register_buffer("seen", torch.zeros(1))
+    assert apart(Layer(), hooked, buffered, Layer()) == [True, False, False, True]
+
+
+class Pair(nn.Module):
+    """A layer of any function of its weight and two tensors."""
+
+    def __init__(self, function: Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(WIDTH))
+        self.function = function
+
+    def forward(self, x: Tensor, seen: Tensor) -> tuple[Tensor, Tensor]:
+        return self.function(self.weight, x, seen)
+
+
+class Pairs(nn.Module):
+    """Two equal layers; between them, half of the tokens go from the second tensor alone, and come back behind."""
+
+    def __init__(self, function: Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(Pair(function) for _ in range(2))
+
+    def forward(self, x: Tensor, seen: Tensor) -> tuple[Tensor, Tensor]:
+        wide = seen.unsqueeze(-1).expand_as(x) + 1
+        x, wide = self.layers[0](x, wide)
+        x, half = self.layers[1](x, wide[:, ::2])
+        return x + half.mean(1, keepdim=True) * half.shape[1], seen * 2
+
+
+def written(weight: Tensor, x: Tensor, mem: Tensor) -> tuple[Tensor, Tensor]:
+    mem.mul_(weight)
+    return x + 1, mem * 2
+
+
+FUNCTIONS: dict[str, tuple[Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]], int]] = {
+    "another pattern of equal sizes": (lambda weight, x, mem: (x * weight, mem - weight), 3),
+    "an output that is an input": (lambda weight, x, mem: (x * weight, mem), 3),
+    "constants": (lambda weight, x, mem: (x * weight, mem + torch.tensor([1.0, 2.0, 3.0, 4.0])), 3),
+    "a write into an input": (written, 1),
+    "sizes that depend on data": (
+        lambda weight, x, mem: (x + (mem > weight).nonzero().float().sum(), mem * weight),
+        1,
+    ),
+}
+
+
+@pytest.mark.parametrize("case", FUNCTIONS)
+def test_what_layers_may_do_is_in_the_graph(case: str, traced: Traced):
+    function, num_traces = FUNCTIONS[case]
+    model = Pairs(function)
+    graph, found = traced(model)
+    assert found == num_traces
+    assert_same(graph, model)
