@@ -76,9 +76,14 @@ RECIPE_OPTIONS = (
 
 def recipe_from(*, recipe_name: str, settings: tuple[str, ...], **changes: Any) -> "Recipe":
     """Return what ``recipe_options`` ask for."""
-    from tokexport.recipes.load import load_recipe, override
+    from tokexport.recipes.load import load_recipe, override, with_settings
 
-    return override(load_recipe(recipe_name, settings), **changes)
+    # --quantize says what is so in general, and what is set of it is an exception.
+    later = tuple(
+        setting for setting in settings if changes.get("quantize") and setting.lstrip().startswith("quantize.")
+    )
+    earlier = tuple(setting for setting in settings if setting not in later)
+    return with_settings(override(load_recipe(recipe_name, earlier), **changes), later)
 
 
 def engine_options(command: Command) -> Command:

@@ -49,6 +49,18 @@ def load_recipe(name_or_path: str, settings: Sequence[str] = ()) -> Recipe:
     return parse_recipe(source.name, table)
 
 
+def with_settings(recipe: Recipe, settings: Sequence[str]) -> Recipe:
+    """Apply ``key=value`` settings to a recipe that was read.
+
+    Raises:
+        RecipeError: an unknown key or a wrong value.
+    """
+    table = recipe_table(recipe)
+    for setting in settings:
+        table = _set(table, setting)
+    return parse_recipe(recipe.name, table)
+
+
 def parse_recipe(name: str, table: Mapping[str, Any]) -> Recipe:
     """Make a recipe from its tables."""
     sections = {

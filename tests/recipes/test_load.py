@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import recipe_for
+from tokexport.commands.options import recipe_from
 from tokexport.errors import RecipeError
 from tokexport.exporter.export import design, planned
 from tokexport.recipes.load import (
@@ -313,6 +314,14 @@ def test_one_word_quantizes_all_graphs():
     changed = override(own, quantize="int4").quantize
     assert (changed.decoder, changed.keep, changed.block_size) == ("int4", ("lm_head",), 64)
     assert not override(own, quantize="none").quantize.is_active
+
+
+def test_what_is_set_is_an_exception_from_the_one_word():
+    settings = ("quantize.vision_encoder=int8", 'quantize.keep=["lm_head"]', "quantize.block_size=16")
+    quantize = recipe_from(recipe_name="mini_adsc", settings=settings, quantize="int4").quantize
+    assert str(quantize) == "vision int8, embeddings int8, decoder int4, but not lm_head"
+    assert quantize.block_size == 16
+    assert not recipe_from(recipe_name="mini_adsc", settings=("quantize.decoder=none",)).quantize.is_active
 
 
 def test_a_recipe_without_compression_is_complete():
