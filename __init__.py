@@ -57,7 +57,7 @@ def build(
         adapter: a LoRA adapter to merge: a directory, or the name of one that ships.
         compressor: what a method learned: a file that training wrote, or the name of one that ships.
         dtype: ``float32``, ``float16`` or ``bfloat16``.
-        quantize: ``int8`` or ``int4`` weights in all graphs, or ``none``.
+        quantize: ``int8`` weights, ``int4`` in the decoder and ``int8`` elsewhere, or ``none``.
         settings: ``key=value`` changes to the recipe.
         backend: the engine to verify and measure.
         threads: CPU threads, None for one per core.
@@ -69,10 +69,11 @@ def build(
         TokexportError: see ``tokexport.errors``; nothing is left at ``out``.
     """
     from tokexport.engines.build import build as build_recipe
-    from tokexport.recipes.load import load_recipe, override
+    from tokexport.recipes.load import load_changed
 
-    loaded = override(
-        load_recipe(recipe, settings),
+    loaded = load_changed(
+        recipe,
+        settings,
         model=model,
         weights=weights,
         num_layers=num_layers,

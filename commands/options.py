@@ -42,7 +42,9 @@ def recipe_options_for(default: str) -> Callable[[Command], Command]:
         ),
         click.option("--dtype", type=click.Choice(["float32", "float16", "bfloat16"]), help="Precision of the graphs."),
         click.option(
-            "--quantize", type=click.Choice(["none", "int8", "int4"]), help="Weights of all graphs in fewer bits."
+            "--quantize",
+            type=click.Choice(["none", "int8", "int4"]),
+            help="Weights in fewer bits; int4 is for the decoder, all else is in int8 then.",
         ),
         click.option(
             "--set",
@@ -76,14 +78,9 @@ RECIPE_OPTIONS = (
 
 def recipe_from(*, recipe_name: str, settings: tuple[str, ...], **changes: Any) -> "Recipe":
     """Return what ``recipe_options`` ask for."""
-    from tokexport.recipes.load import load_recipe, override, with_settings
+    from tokexport.recipes.load import load_changed
 
-    # --quantize says what is so in general, and what is set of it is an exception.
-    later = tuple(
-        setting for setting in settings if changes.get("quantize") and setting.lstrip().startswith("quantize.")
-    )
-    earlier = tuple(setting for setting in settings if setting not in later)
-    return with_settings(override(load_recipe(recipe_name, earlier), **changes), later)
+    return load_changed(recipe_name, settings, **changes)
 
 
 def engine_options(command: Command) -> Command:

@@ -49,14 +49,18 @@ def load_recipe(name_or_path: str, settings: Sequence[str] = ()) -> Recipe:
     return parse_recipe(source.name, table)
 
 
-def with_settings(recipe: Recipe, settings: Sequence[str]) -> Recipe:
-    """Apply ``key=value`` settings to a recipe that was read.
+def load_changed(name_or_path: str, settings: Sequence[str] = (), **changes: Any) -> Recipe:
+    """Read a recipe and change it as ``key=value`` settings and the arguments of ``override`` say.
+
+    ``quantize`` is for all graphs at once, so what is set of ``[quantize]`` is an exception from it.
 
     Raises:
-        RecipeError: an unknown key or a wrong value.
+        RecipeError: as ``load_recipe`` and ``override``.
     """
+    exceptions = [key for key in settings if changes.get("quantize") and key.lstrip().startswith("quantize.")]
+    recipe = override(load_recipe(name_or_path, [key for key in settings if key not in exceptions]), **changes)
     table = recipe_table(recipe)
-    for setting in settings:
+    for setting in exceptions:
         table = _set(table, setting)
     return parse_recipe(recipe.name, table)
 
@@ -120,7 +124,7 @@ def override(
     recipe = recipe if compressor is None else with_compressor(recipe, compressor)
     if quantize is not None:
         told = {} if quantize == "none" else {"keep": recipe.quantize.keep, "block_size": recipe.quantize.block_size}
-        parsed["quantize"] = replace(QuantizeTable.everywhere(quantize), **told)
+        parsed["quantize"] = replace(QuantizeTable.for_bits(quantize), **told)
     return replace(recipe, **parsed)
 
 

@@ -76,14 +76,14 @@ class QuantizeTable:
         embed_tokens: of the table of embeddings, ``none`` or ``int8``.
         decoder: of the language model.
         keep: names of layers that stay as they are, with ``*`` for any characters, e.g. ``lm_head`` or ``layers.0.*``.
-        block_size: of ``int4``.
+        block_size: of ``int4``. Of 32, 64 and 128, 64 loses as little as 32 on the mini model, on a tenth less disk.
     """
 
     vision_encoder: Bits = "none"
     embed_tokens: Bits = "none"
     decoder: Bits = "none"
     keep: tuple[str, ...] = ()
-    block_size: int = 32
+    block_size: int = 64
 
     def __post_init__(self) -> None:
         if self.embed_tokens == "int4":
@@ -101,9 +101,14 @@ class QuantizeTable:
         return {self.vision_encoder, self.embed_tokens, self.decoder} != {"none"}
 
     @classmethod
-    def everywhere(cls, bits: Bits) -> Self:
-        """Return the table that quantizes all that can be."""
-        return cls(vision_encoder=bits, embed_tokens="none" if bits == "none" else "int8", decoder=bits)
+    def for_bits(cls, bits: Bits) -> Self:
+        """Return the table that quantizes all that can be.
+
+        With ``int4`` that is the decoder; all else is in ``int8``. A tower is small, reads hundreds of tokens at once,
+        which is where int8 is faster, and what it loses in ``int4`` no later layer wins back.
+        """
+        others: Bits = "none" if bits == "none" else "int8"
+        return cls(vision_encoder=others, embed_tokens=others, decoder=bits)
 
     def __str__(self) -> str:
         parts = {"vision": self.vision_encoder, "embeddings": self.embed_tokens, "decoder": self.decoder}

@@ -121,7 +121,7 @@ def test_near_ties_pass_and_are_followed(nearly_tied: Bundle):
 
 @pytest.mark.parametrize("bits", ["int8", "int4"])
 def test_choices_of_rounded_weights_are_followed(checkpoint: Path, exported: Export, bits: Any):
-    quantize = replace(QuantizeTable.everywhere(bits), block_size=16)
+    quantize = replace(QuantizeTable.for_bits(bits), block_size=16)
     found = verify(exported(replace(recipe_for(checkpoint, FASTV), quantize=quantize)), "ort", OPTIONS)
     assert found.first_failure is None
     lost = [check for check in found.checks if check.name == "token scores, image 1, layer 2"]
@@ -158,6 +158,6 @@ def test_agreement_fails_where_tokens_are_kept_against_their_scores(checkpoint: 
 def test_agreement_is_refused_where_it_says_nothing(
     checkpoint: Path, exported: Export, step: dict[str, Any], bits: Any, message: str
 ):
-    bundle = exported(replace(recipe_for(checkpoint, step), quantize=QuantizeTable.everywhere(bits)))
+    bundle = exported(replace(recipe_for(checkpoint, step), quantize=QuantizeTable.for_bits(bits)))
     with pytest.raises(InputError, match=message):
         verify_artefact(bundle.path, threads=1, images=1)

@@ -352,8 +352,8 @@ def test_the_reference_is_transformers_with_fused_attention(tiny_adsc: Bundle):
 # What is quantized
 
 QUANTIZED = {
-    "int8": QuantizeTable.everywhere("int8"),
-    "int4": replace(QuantizeTable.everywhere("int4"), block_size=16),
+    "int8": QuantizeTable.for_bits("int8"),
+    "int4": QuantizeTable(vision_encoder="int4", embed_tokens="int8", decoder="int4", block_size=16),
     "mixed": QuantizeTable(vision_encoder="int8", decoder="int4", keep=("lm_head", "layers.0.*"), block_size=16),
     "table": QuantizeTable(embed_tokens="int8"),
 }

@@ -140,7 +140,7 @@ def test_an_engine_without_a_graph_of_its_own_is_refused(tiny_adsc: Bundle, back
 
 
 def test_rounded_weights_are_refused(checkpoint: Path):
-    recipe = replace(recipe_for(checkpoint, adsc()), quantize=QuantizeTable.everywhere("int8"))
+    recipe = replace(recipe_for(checkpoint, adsc()), quantize=QuantizeTable.for_bits("int8"))
     with pytest.raises(BackendUnavailableError, match="this artefact is quantized; leave it out"):
         require_reducible("ort", recipe)
 

@@ -48,8 +48,8 @@ def with_sizes(weights: int, *, precision: str = "float32", largest: int = 0) ->
     [
         ({}, adsc()),
         ({}, METACOMPRESS),
-        ({"quantize": QuantizeTable.everywhere("int8")}, adsc()),
-        ({"quantize": QuantizeTable.everywhere("int4")}, adsc()),
+        ({"quantize": QuantizeTable.for_bits("int8")}, adsc()),
+        ({"quantize": QuantizeTable.for_bits("int4")}, adsc()),
         ({"quantize": QuantizeTable(decoder="int8", keep=("lm_head", "layers.0.*"))}, adsc()),
         ({"dtype": "float16"}, adsc()),
     ],

@@ -6,12 +6,12 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import recipe_for
-from tokexport.commands.options import recipe_from
 from tokexport.errors import RecipeError
 from tokexport.exporter.export import design, planned
 from tokexport.recipes.load import (
     DEFAULT_RECIPE,
     list_recipes,
+    load_changed,
     load_recipe,
     merged,
     override,
@@ -308,20 +308,20 @@ def test_an_override_that_contradicts_the_recipe_is_refused(options: dict[str, o
 
 def test_one_word_quantizes_all_graphs():
     quantize = override(load_recipe("llava15_adsc"), dtype="float32", quantize="int4").quantize
-    assert (quantize.vision_encoder, quantize.embed_tokens, quantize.decoder) == ("int4", "int8", "int4")
-    assert str(quantize) == "vision int4, embeddings int8, decoder int4"
-    own = load_recipe("mini_adsc", ["quantize.decoder=int8", 'quantize.keep=["lm_head"]', "quantize.block_size=64"])
+    assert (quantize.vision_encoder, quantize.embed_tokens, quantize.decoder) == ("int8", "int8", "int4")
+    assert str(quantize) == "vision int8, embeddings int8, decoder int4"
+    own = load_recipe("mini_adsc", ["quantize.decoder=int8", 'quantize.keep=["lm_head"]', "quantize.block_size=16"])
     changed = override(own, quantize="int4").quantize
-    assert (changed.decoder, changed.keep, changed.block_size) == ("int4", ("lm_head",), 64)
+    assert (changed.decoder, changed.keep, changed.block_size) == ("int4", ("lm_head",), 16)
     assert not override(own, quantize="none").quantize.is_active
 
 
 def test_what_is_set_is_an_exception_from_the_one_word():
-    settings = ("quantize.vision_encoder=int8", 'quantize.keep=["lm_head"]', "quantize.block_size=16")
-    quantize = recipe_from(recipe_name="mini_adsc", settings=settings, quantize="int4").quantize
-    assert str(quantize) == "vision int8, embeddings int8, decoder int4, but not lm_head"
+    settings = ("quantize.vision_encoder=int4", 'quantize.keep=["lm_head"]', "quantize.block_size=16")
+    quantize = load_changed("mini_adsc", settings, quantize="int4").quantize
+    assert str(quantize) == "vision int4, embeddings int8, decoder int4, but not lm_head"
     assert quantize.block_size == 16
-    assert not recipe_from(recipe_name="mini_adsc", settings=("quantize.decoder=none",)).quantize.is_active
+    assert not load_changed("mini_adsc", ("quantize.decoder=none",)).quantize.is_active
 
 
 def test_a_recipe_without_compression_is_complete():
