@@ -4,6 +4,7 @@ K inputs and N outputs of a layer, G blocks of inputs, V words, D width
 """
 
 import logging
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -116,7 +117,8 @@ def require_layers(modules: Mapping[GraphName, nn.Module], table: QuantizeTable)
     ]
     for pattern in table.keep:
         if not any(fnmatchcase(name, pattern) for name in names):
-            raise RecipeError(f"[quantize] keep: no layer is called {pattern!r}{nearest(pattern, names)}")
+            of_any_number = {re.sub(r"(?<=\.)\d+(?=\.)", "*", name) for name in names}
+            raise RecipeError(f"[quantize] keep: no layer is called {pattern!r}{nearest(pattern, list(of_any_number))}")
 
 
 def _is_kept(name: str, table: QuantizeTable) -> bool:

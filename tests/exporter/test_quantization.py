@@ -122,6 +122,9 @@ def test_a_name_of_no_layer_is_told():
     with pytest.raises(RecipeError, match=r"^\[quantize\] keep: no layer is called 'lm_haed'; did you mean 'lm_head'"):
         require_layers({"decoder_model_merged": Small()}, QuantizeTable(decoder="int8", keep=("lm_haed",)))
     require_layers({"decoder_model_merged": Small()}, QuantizeTable(decoder="int8", keep=("layers.*",)))
+    deep = nn.ModuleDict({"layers": nn.ModuleList(nn.Sequential(nn.Linear(2, 2)) for _ in range(40))})
+    with pytest.raises(RecipeError, match=r"no layer is called 'nope'; choose one of: layers\.\*\.0$"):
+        require_layers({"decoder_model_merged": deep}, QuantizeTable(decoder="int8", keep=("nope",)))
 
 
 def test_a_rounded_module_computes_with_what_the_numbers_stand_for():
