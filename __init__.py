@@ -128,9 +128,9 @@ def plan(
 ) -> dict[str, Any]:
     """Return tokens per layer, FLOPs and KV bytes of a recipe, the keys of ``tokexport plan --json``."""
     from tokexport.exporter.export import planned
-    from tokexport.recipes.load import load_recipe, override
+    from tokexport.recipes.load import load_changed
 
-    loaded = override(load_recipe(recipe, settings), model=model, num_layers=num_layers)
+    loaded = load_changed(recipe, settings, model=model, num_layers=num_layers)
     return planned(loaded, text_tokens=text_tokens)[1]
 
 

@@ -82,13 +82,8 @@ class RepeatedLayers:
             if call.kind not in bodies:
                 bodies[call.kind] = _traced_apart(call, trace)
             is_first = call.name not in {earlier.name for earlier in self._calls[:number]}
-            _put(
-                model.graph,
-                node,
-                bodies[call.kind].clone(),
-                call.name,
-                call.name if is_first else f"{call.name}_{number}",
-            )
+            prefix = call.name if is_first else f"{call.name}_{number}"
+            _put(model.graph, node, bodies[call.kind].clone(), call.name, prefix)
         model.opset_imports.pop(_DOMAIN, None)
 
     def _stand_in(self, name: str, layer: nn.Module, likeness: object) -> Callable[..., Any]:
@@ -96,10 +91,10 @@ class RepeatedLayers:
 
         def stand_in(*args: Any, **kwargs: Any) -> Any:
             leaves, tree = pytree.tree_flatten((args, kwargs))
-            shape_of_leaves = _kind(leaves)
-            if shape_of_leaves is None:
+            kind = _kind(leaves)
+            if kind is None:
                 return forward(*args, **kwargs)
-            call = _Call(name, layer, tuple(leaves), tree, (likeness, tree, shape_of_leaves))
+            call = _Call(name, layer, tuple(leaves), tree, (likeness, tree, kind))
             if call.kind not in self._outputs:
                 self._outputs[call.kind] = _probed(call, forward)
             sources, output_tree = self._outputs[call.kind]
@@ -232,24 +227,24 @@ def _kind(leaves: Sequence[Any]) -> object:
 
     Sizes that have a name are told apart by the first place where they stand, so that equal ones remain equal.
     """
-    first: dict[str, int] = {}
-    kinds: list[object] = []
-    for leaf in leaves:
-        if not isinstance(leaf, Tensor):
-            if not isinstance(leaf, int | float | str | bool | None):
-                return None
-            kinds.append(_plain(leaf))
-            continue
-        sizes = _sizes(leaf)
-        if not all(isinstance(size, int) or size.node.has_hint() for size in sizes):
-            return None
-        kinds.append(
-            (
-                leaf.dtype,
-                tuple(size if isinstance(size, int) else (first.setdefault(str(size), len(first)),) for size in sizes),
-            )
-        )
-    return tuple(kinds)
+    places: dict[str, int] = {}
+
+    def size_kind(size: Any) -> object:
+        return size if isinstance(size, int) else f"name {places.setdefault(str(size), len(places))}"
+
+    if not all(map(_can_be_handed_on, leaves)):
+        return None
+    return tuple(
+        (leaf.dtype, tuple(map(size_kind, _sizes(leaf)))) if isinstance(leaf, Tensor) else _plain(leaf)
+        for leaf in leaves
+    )
+
+
+def _can_be_handed_on(leaf: Any) -> bool:
+    """Return whether another trace can be given the like: a plain value, or a tensor whose sizes have examples."""
+    if isinstance(leaf, Tensor):
+        return all(isinstance(size, int) or size.node.has_hint() for size in _sizes(leaf))
+    return isinstance(leaf, int | float | str | bool | None)
 
 
 def _sizes(tensor: Tensor) -> tuple[Any, ...]:
