@@ -73,7 +73,7 @@ def trace(module: nn.Module, io: GraphIO, *, dtype: str, vision: int = 0) -> ir.
         with layers.set_apart():
             model = _converted(module, _with_pairs(tensors, plain), _with_pairs(shapes, plain))
         layers.put_back(model, _converted)
-    fold_constants(model)
+    fold_constants(model, onnx_shape_inference=True)  # which gives every value a type, too
     Sequential(
         ShareSizes(),
         LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0),

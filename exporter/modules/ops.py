@@ -312,8 +312,11 @@ def _onnx_matrix_transpose(x: Any) -> Any:
 def _onnx_flatten(x: Any, start_dim: int = 0, end_dim: int = -1) -> Any:
     # Not -1 for what is flattened: of no tokens, any number would do.
     start, end = start_dim % len(x.shape), end_dim % len(x.shape) + 1
+    # No part is empty: what folds constants leaves such out, by a node that knows no module it comes from.
+    before = [onnx_op.Shape(x, start=0, end=start)] if start else []
+    after = [onnx_op.Shape(x, start=end)] if end < len(x.shape) else []
     size = onnx_op.ReduceProd(onnx_op.Shape(x, start=start, end=end))
-    shape = onnx_op.Concat(onnx_op.Shape(x, start=0, end=start), size, onnx_op.Shape(x, start=end), axis=0)
+    shape = onnx_op.Concat(*before, size, *after, axis=0)
     return onnx_op.Reshape(x, shape, allowzero=1)
 
 

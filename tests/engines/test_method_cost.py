@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from tests.conftest import recipe_for
-from tokexport.engines.method_cost import _cut_out, _scopes, _vision_encoder, measure_methods, method_contents
+from tokexport.engines.method_cost import _cut_out, _scopes, _sizes, _vision_encoder, measure_methods, method_contents
 from tokexport.exporter.bundle import Bundle
 from tokexport.exporter.export import design
 from tokexport.recipes.schema import Recipe
@@ -42,7 +42,7 @@ def test_what_is_cut_out_computes_what_the_module_does(bundle: Bundle):
     part = _cut_out(whole, _scopes(bundle, whole)["metacompress"])
     features = np.random.default_rng(0).standard_normal((1, TOKENS, WIDTH)).astype(np.float32)
     feeds = {
-        str(value.name): features if value.dtype == ir.DataType.FLOAT else np.ones((), np.int64)
+        str(value.name): features if value.dtype == ir.DataType.FLOAT else np.ones(_sizes(value), np.int64)
         for value in part.graph.inputs
     }
     session = onnxruntime.InferenceSession(ir.to_proto(part).SerializeToString(), providers=["CPUExecutionProvider"])

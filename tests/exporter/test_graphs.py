@@ -58,6 +58,12 @@ def test_a_graph_passes_the_checker_of_onnx(bundle: Bundle, graph: GraphName):
 
 
 @pytest.mark.parametrize("graph", GRAPHS)
+def test_every_value_has_a_type_and_a_shape(bundle: Bundle, graph: GraphName):
+    values = [value for node in ir.load(bundle.graph_path(graph)).graph for value in node.outputs if value.name]
+    assert [value.name for value in values if value.dtype is None or value.shape is None] == []
+
+
+@pytest.mark.parametrize("graph", GRAPHS)
 def test_the_manifest_tells_the_inputs_and_outputs_of_the_graph(bundle: Bundle, graph: GraphName):
     model = ir.load(bundle.graph_path(graph))
     assert GraphIO(inputs=table(model.graph.inputs), outputs=table(model.graph.outputs)) == bundle.graph_io(graph)
