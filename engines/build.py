@@ -155,8 +155,8 @@ def verify_artefact(
         verification = verify(bundle, backend, options, repro=repro, progress=progress)
     if images is not None:
         progress(f"keeping tokens of {images} images")
-        check = kept_agreement(bundle, backend, options, images, tick=tick)
-        verification = replace(verification, checks=(*verification.checks, check))
+        checks = kept_agreement(bundle, backend, options, images, tick=tick)
+        verification = replace(verification, checks=(*verification.checks, *checks))
     bundle.write_report("verify.json", verification.report())
     write_reports(bundle)
     return verification

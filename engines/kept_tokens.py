@@ -20,7 +20,7 @@ from PIL import Image
 from tokexport.engines.backend import SessionOptions, load_backend
 from tokexport.engines.generate import Conversation
 from tokexport.engines.prompt import Dialogue, PromptProcessor
-from tokexport.engines.taps import vision_taps
+from tokexport.engines.taps import VisionTaps
 from tokexport.errors import ParityError
 from tokexport.exporter.bundle import Bundle
 from tokexport.exporter.graph_io import GraphName, bottleneck_name, choosing_layers, stage_name
@@ -134,7 +134,7 @@ def _chosen(bundle: Bundle, image: Image.Image, question: str, threads: int | No
 def _computed(bundle: Bundle, module: str, image: Image.Image, threads: int | None) -> NDArray[np.float32]:
     """Return what a part of the vision encoder computes of an image, a matrix (M, N) or an index (M,)."""
     pixel_values = PromptProcessor(bundle.path).pixels([image])
-    return vision_taps(bundle, pixel_values, [module], threads=threads)[module][0]
+    return VisionTaps(bundle, [module], threads=threads)(pixel_values)[module][0]
 
 
 def _index(bundle: Bundle, graph: GraphName, module: str) -> NDArray[np.int64] | None:

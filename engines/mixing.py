@@ -10,7 +10,7 @@ from PIL import Image
 
 from tokexport.dialogues.generate import make_dialogue
 from tokexport.engines.prompt import PromptProcessor
-from tokexport.engines.taps import vision_taps
+from tokexport.engines.taps import VisionTaps
 from tokexport.exporter.bundle import Bundle
 from tokexport.exporter.graph_io import stage_name
 from tokexport.exporter.method import arriving_plans, load_methods
@@ -39,7 +39,7 @@ def mixing_of(bundle: Bundle, *, threads: int | None = None) -> dict[str, Any] |
         return None
     module = f"{stage_name(method.name)}.matrix"
     pixel_values = PromptProcessor(bundle.path).pixels([made_image()])
-    matrix_MN = vision_taps(bundle, pixel_values, [module], threads=threads)[module][0]
+    matrix_MN = VisionTaps(bundle, [module], threads=threads)(pixel_values)[module][0]
     places = np.linspace(0, len(matrix_MN) - 1, _NUM_ROWS + 2).round().astype(int)[1:-1]
     return {
         "method": method.name,

@@ -46,7 +46,7 @@ from tokexport.engines.generate import IMAGE
 from tokexport.engines.graph_parts import Reduction
 from tokexport.engines.probe import NEW_TOKENS, TURNS, Probe, Transcript, make_probe, record
 from tokexport.engines.source import source_design
-from tokexport.engines.taps import vision_taps
+from tokexport.engines.taps import VisionTaps
 from tokexport.engines.torch_session import TorchSession
 from tokexport.errors import BackendUnavailableError
 from tokexport.exporter.bundle import Bundle, library_versions
@@ -278,7 +278,7 @@ class _Ladder:
     ) -> list[Check]:
         """Compare the tower layer by layer, to tell where features part, and what methods choose by an image."""
         tolerance = load_tolerances(judged_by or self._dtype)["image_features"]
-        found = vision_taps(self._bundle, self._probe.pixel_values, list(expected), threads=threads)
+        found = VisionTaps(self._bundle, list(expected), threads=threads)(self._probe.pixel_values)
         return [
             compare_indices(f"kept tokens, {name}", found[name], values, step=step, graph=_VISION)
             if name.startswith(STAGES) and name.endswith(".index")

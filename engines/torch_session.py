@@ -16,6 +16,7 @@ from tokexport.engines.backend import Array, Choice, DecoderStep, Device, Sessio
 from tokexport.engines.environment import available_cores
 from tokexport.exporter.export import Design, weight_names
 from tokexport.exporter.graph_io import GRAPHS, GraphName
+from tokexport.exporter.modules.bottleneck import Chooser
 from tokexport.exporter.modules.rounding import round_layers
 from tokexport.exporter.weights import Weights
 
@@ -85,6 +86,33 @@ class TorchSession(Session):
         for hook in hooks:
             hook.remove()
         return outputs
+
+    @torch.inference_mode()
+    def stage_choices(
+        self, pixel_values: NDArray[np.float32], kept_tokens: Mapping[str, NDArray[np.int64]]
+    ) -> dict[str, Choice]:
+        """Return by what a ``Chooser`` in a method's stage keeps tokens, and which it keeps.
+
+        Args:
+            pixel_values: (B, 3, P, P).
+            kept_tokens: what was kept so far, (B, M), by the chooser's name.
+        """
+        encoder, choices = self._modules["vision_encoder"], {}
+
+        def note(name: str) -> Callable[[Chooser, tuple[Tensor], Tensor], None]:
+            kept_BM = torch.from_numpy(kept_tokens[name]).to(self._device)
+
+            def noted(chooser: Chooser, seen: tuple[Tensor], index_BM: Tensor) -> None:
+                score_BN = chooser.scores(seen[0], kept_BM)
+                choices[name] = Choice(score_BN.cpu().numpy(), index_BM.cpu().numpy())
+
+            return noted
+
+        hooks = [encoder.get_submodule(name).register_forward_hook(note(name)) for name in kept_tokens]
+        encoder(self._tensor(pixel_values))
+        for hook in hooks:
+            hook.remove()
+        return choices
 
     @torch.inference_mode()
     def embed(self, input_ids: NDArray[np.int64]) -> Array:

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 from tokexport.errors import RecipeError
 from tokexport.exporter.method import Method
@@ -19,6 +19,8 @@ class ByClassToken(Method):
             it nothing reads what the class token attends to, so a tower that was trained for LLaVA alone never learned
             it there; the layer before then chooses better.
     """
+
+    chooser: ClassVar[str] = "top"
 
     keep: int | float
     tower_layer: int | None = None

@@ -38,11 +38,14 @@ class Method(ABC):
         is_mixing: whether the stage on image features has a part ``matrix`` that says, for each image, which share of
             every token that arrives goes into each one that stays (B, M, N).
         is_choosing: whether that stage has a part ``index`` that says, for each image, which tokens stay (B, M).
+        chooser: the part of that stage, a ``Chooser``, that says which tokens stay, whether others are merged into them
+            or not; empty where there is none.
         is_control: whether it is what a method with as many tokens has to beat.
     """
 
     is_mixing: ClassVar[bool] = False
     is_choosing: ClassVar[bool] = False
+    chooser: ClassVar[str] = ""
     is_control: ClassVar[bool] = False
 
     @abstractmethod

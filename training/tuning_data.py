@@ -64,6 +64,7 @@ def made_material(
     split: Split = "train",
     seed: int = 0,
     kinds: Sequence[str] = TUNING_KINDS,
+    num_read: int | None = None,
 ) -> Material:
     """Return conversations about made scenes of a split.
 
@@ -74,6 +75,7 @@ def made_material(
         split: of the generator.
         seed: another makes other conversations.
         kinds: of questions, one that stands there twice coming up twice as often.
+        num_read: vision tokens that stand in a conversation, those of the objects first; by default all of the model.
 
     Raises:
         InputError: the model takes images of another size.
@@ -85,7 +87,7 @@ def made_material(
             "conversations with --data"
         )
     processor = _processor(made)
-    num_image_tokens = made.model.spec.num_vision_tokens
+    num_image_tokens = made.model.spec.num_vision_tokens if num_read is None else num_read
     examples = Conversations(
         ConversationEncoder(processor, num_image_tokens),
         pad_id=_pad_id(processor),

@@ -22,6 +22,7 @@ class DivPrune(Method):
     """
 
     is_choosing: ClassVar[bool] = True
+    chooser: ClassVar[str] = "index"
 
     keep: int | float
 

@@ -70,16 +70,36 @@ class StaticGather(Bottleneck):
         return self.index_M
 
 
-class TopTokens(nn.Module):
-    """Which tokens have the highest scores, ascending; of equals the first is taken."""
+class Chooser(nn.Module, ABC):
+    """Which tokens stay, by what it sees of them; of equals the first is taken."""
+
+    @abstractmethod
+    def forward(self, seen: Tensor) -> Tensor:
+        """Return (B, M), ascending."""
+
+    @abstractmethod
+    def scores(self, seen: Tensor, followed_BM: Tensor) -> Tensor:
+        """Return (B, N), of which those that should stay are the highest, where ``followed_BM`` have been kept so far.
+
+        How much lower one is that stayed all the same tells how far the choice was from a tie.
+        """
+
+
+class TopTokens(Chooser):
+    """Those with the highest scores."""
 
     def __init__(self, count: int) -> None:
         super().__init__()
         self.count = count
 
-    def forward(self, score_BN: Tensor) -> Tensor:
-        """Return (B, M) of ``score_BN`` (B, N)."""
-        return ops.top_tokens(score_BN, self.count)
+    def forward(self, seen: Tensor) -> Tensor:
+        """Return (B, M) of scores (B, N)."""
+        return ops.top_tokens(seen, self.count)
+
+    def scores(self, seen: Tensor, followed_BM: Tensor) -> Tensor:
+        """Return the scores, infinite ones as twice the highest other."""
+        highest_B1 = seen.masked_fill(seen.isinf(), 0).amax(-1, keepdim=True)
+        return torch.where(seen.isinf(), 2 * highest_B1, seen)
 
 
 class GreedyGains(nn.Module):

@@ -21,21 +21,26 @@ from tokexport.engines.torch_session import TorchSession
 from tokexport.errors import InputError
 from tokexport.exporter.bundle import Bundle
 from tokexport.exporter.compressor_file import save_compressor
+from tokexport.exporter.graph_io import GraphName
 from tokexport.exporter.methods.relevance import Relevance
 from tokexport.recipes.schema import QuantizeTable, Recipe
 
 OPTIONS = SessionOptions(max_text_tokens=160, max_images=2, threads=1)
 SMALL = {"keep": 6, "channels": [4, 8]}
 FASTV = {"method": "fastv", "keep": 6, "layer": 2}
+VISIONZIP = {"method": "visionzip", "keep": 7, "contextual": 3}
+PRUMERGE = {"method": "prumerge", "keep": 6, "neighbours": 4}
+DIVPRUNE = {"method": "divprune", "keep": 6}
+VSCAN = {"method": "vscan", "keep": 9, "window": 2, "local_layer": 0, "layer": 2, "keep_inside": 4}
 PYRAMID = {"method": "pyramiddrop", "drops": [{"layer": 1, "keep": 8}, {"layer": 3, "keep": 4}]}
 
 Export = Callable[[Recipe], Bundle]
 Copy = Callable[[Bundle], Bundle]
 
 
-def keeping_the_lowest(bundle: Bundle) -> Bundle:
-    """Let the first choice of the decoder keep the tokens with the lowest scores."""
-    path = bundle.graph_path("decoder_model_merged")
+def keeping_the_lowest(bundle: Bundle, graph: GraphName = "decoder_model_merged") -> Bundle:
+    """Let the first choice of a graph keep the tokens with the lowest scores."""
+    path = bundle.graph_path(graph)
     model = ir.load(path)
     top = next(node for node in model.graph if node.op_type == "TopK")
     top.attributes["largest"] = ir.AttrInt64("largest", 0)
@@ -140,6 +145,25 @@ def test_agreement_counts_near_ties(nearly_tied: Bundle):
     assert check.passed
     assert 0 < check.cosine < 1
     assert "12 alike" in check.note.replace(" of", "")
+
+
+@pytest.mark.parametrize(
+    ("step", "kept"), [(VISIONZIP, 3), (PRUMERGE, 5), (DIVPRUNE, 6), (VSCAN, 9)], ids=lambda step: str(step)[:22]
+)
+def test_choices_of_the_vision_encoder_are_counted(checkpoint: Path, exported: Export, step: dict[str, Any], kept: int):
+    found = verify_artefact(exported(recipe_for(checkpoint, step)).path, threads=1, images=2).checks
+    counted = {check.graph: check for check in found if check.name == "kept tokens, 2 images"}
+    check = counted.pop("vision_encoder")
+    assert (check.step, check.passed) == ("reference vs ort-portable", True)
+    assert check.note == f"100.000 % of {2 * kept} alike, 0 near-ties, 0 against scores"
+    assert list(counted) == (["decoder_model_merged"] if step is VSCAN else [])
+
+
+def test_agreement_fails_where_the_vision_encoder_keeps_others(checkpoint: Path, exported: Export, copied: Copy):
+    bundle = keeping_the_lowest(copied(exported(recipe_for(checkpoint, PRUMERGE))), "vision_encoder")
+    check = verify_artefact(bundle.path, threads=1, images=1).checks[-1]
+    assert (check.graph, check.passed) == ("vision_encoder", False)
+    assert "0 near-ties" in check.note
 
 
 def test_agreement_fails_where_tokens_are_kept_against_their_scores(checkpoint: Path, exported: Export, copied: Copy):
