@@ -3,19 +3,21 @@
 Each question is asked with as many vision tokens as the recipe keeps, where they have been. They are chosen by the
 shipped network, by the attention that it reads, by the labels that it learned from (which see the answer), by where the
 objects are (which no model is told), and evenly. An answer is right if all its tokens are the likeliest, each with the
-right ones before it. Run from the root of the repository: ``python benchmarks/ceiling_relevance.py``.
+right ones before it. Of wrong counts it is told how many are too high and too low. Run from the root of the repository:
+``python benchmarks/ceiling_relevance.py``.
 
 B conversations, T tokens with M of N vision tokens
 """
 
 from collections.abc import Mapping, Sequence
 from statistics import mean
+from typing import Any, NamedTuple
 
 import click
 import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
-from transformers import LlavaForConditionalGeneration
+from transformers import AutoTokenizer, LlavaForConditionalGeneration
 
 from tokexport.dialogues.questions import KINDS
 from tokexport.exporter.export import design
@@ -32,6 +34,14 @@ _BATCH_SIZE = 8
 _TEXT_TOKENS = 40
 
 
+class Answers(NamedTuple):
+    """Whether each is right, and its first token as it is and as it should be, (B,) each."""
+
+    is_right_B: Tensor
+    said_B: Tensor
+    target_B: Tensor
+
+
 class FirstAnswers(nn.Module):
     """Asks the first question of conversations with tokens of every choice.
 
@@ -45,8 +55,8 @@ class FirstAnswers(nn.Module):
         super().__init__()
         self._explain, self._network, self._num_vision = RollOut(llava), network, num_vision
 
-    def forward(self, pixel_values: Tensor, input_ids: Tensor, labels: Tensor, read: Tensor) -> Mapping[str, Tensor]:
-        """Return whether answers are right, (B,) of each choice.
+    def forward(self, pixel_values: Tensor, input_ids: Tensor, labels: Tensor, read: Tensor) -> Mapping[str, Answers]:
+        """Return the answers with the tokens of each choice.
 
         Args:
             pixel_values: of an image each.
@@ -81,14 +91,25 @@ class FirstAnswers(nn.Module):
                 "evenly": evenly_M.expand_as(read),
             }
             features_BND = whole.image_features(pixel_values)
-            right = {name: self._right(features_BND, input_ids, labels, read_BM) for name, read_BM in chosen.items()}
-            return {"all tokens": self._right(features_BND, all_ids, all_labels, None), **right}
+            kept = {name: self._ask(features_BND, input_ids, labels, read_BM) for name, read_BM in chosen.items()}
+            return {"all tokens": self._ask(features_BND, all_ids, all_labels, None), **kept}
 
-    def _right(self, features_BND: Tensor, input_ids: Tensor, labels: Tensor, read_BM: Tensor | None) -> Tensor:
+    def _ask(self, features_BND: Tensor, input_ids: Tensor, labels: Tensor, read_BM: Tensor | None) -> Answers:
         logits_AW, target_A = self._explain.whole.answer(features_BND, input_ids, labels, read_BM)
-        row_A = (labels != NO_LABEL).nonzero()[:, 0]
-        is_wrong_A = (logits_AW.argmax(-1) != target_A).float()
-        return torch.zeros(len(labels)).index_add(0, row_A, is_wrong_A) == 0
+        said_A, row_A = logits_AW.argmax(-1), (labels != NO_LABEL).nonzero()[:, 0]
+        num_wrong_B = torch.zeros(len(labels)).index_add(0, row_A, (said_A != target_A).float())
+        first_B = torch.searchsorted(row_A, torch.arange(len(labels)))
+        return Answers(num_wrong_B == 0, said_A[first_B], target_A[first_B])
+
+
+def too_high_and_low(answers: Sequence[Answers], tokenizer: Any) -> str:
+    """Return how many counts are above and below the right ones."""
+    said, target = (
+        [int(tokenizer.decode(token)) for part in answers for token in part[place].tolist()] for place in (1, 2)
+    )
+    high = sum(found > right for found, right in zip(said, target, strict=True))
+    low = sum(found < right for found, right in zip(said, target, strict=True))
+    return f"{high}, {low}"
 
 
 @click.command()
@@ -105,6 +126,7 @@ def main(recipe: str, conversations: int, kinds: Sequence[str], threads: int | N
     network = method.network()
     network.load_state_dict(dict(method.learned(spec, made.plans[0])))
     ask = FirstAnswers(load_llava(made.model), network.eval(), spec.num_vision_tokens)
+    tokenizer = AutoTokenizer.from_pretrained(made.model.directory)
     click.echo(f"| kind | {' | '.join(CHOICES)} |\n|---|{'---:|' * len(CHOICES)}")
     shares: dict[str, list[float]] = {choice: [] for choice in CHOICES}
     for kind in kinds or KINDS:
@@ -119,8 +141,12 @@ def main(recipe: str, conversations: int, kinds: Sequence[str], threads: int | N
         asked = material.objective_of(ask)
         answers = [asked(**batch) for batch in DataLoader(material.examples, _BATCH_SIZE)]
         for choice in CHOICES:
-            shares[choice].append(100 * torch.cat([part[choice] for part in answers]).float().mean().item())
+            is_right = torch.cat([part[choice].is_right_B for part in answers])
+            shares[choice].append(100 * is_right.float().mean().item())
         click.echo(f"| {kind} | {' | '.join(f'{shares[choice][-1]:.1f}' for choice in CHOICES)} |")
+        if kind == "counting":
+            wrong = [too_high_and_low([part[choice] for part in answers], tokenizer) for choice in CHOICES]
+            click.echo(f"| too high, too low | {' | '.join(wrong)} |")
     click.echo(f"| all kinds alike | {' | '.join(f'{mean(shares[choice]):.1f}' for choice in CHOICES)} |")
 
 
