@@ -2,7 +2,7 @@
 
 A choice that is a constant stands in the graph; a mixture, and a choice by what the image shows, are computed by the
 vision encoder for the image; a choice by attention is an output of the decoder, for image and question. Of a stage of
-the vision encoder that chooses and merges at once there is no picture.
+the vision encoder that chooses and merges at once, the picture is of what it chooses.
 
 N patches that the vision tower sees, M tokens that stay
 """
@@ -80,13 +80,10 @@ def kept_tokens(bundle: Bundle, image: Image.Image, question: str, *, threads: i
     chosen = _chosen(bundle, image, question, threads)
     hidden = ""
     try:
-        for where, method, step in _steps(methods, plans, bundle, image, chosen, threads):
-            if step is None:
-                hidden = f"the graph does not give out what {method} keeps of an image"
-                break
+        for where, step in _steps(methods, plans, bundle, image, chosen, threads):
             share_MN = share_MN[step] if step.ndim == 1 else step @ share_MN
             stages.append(_stage(where, share_MN))
-    except ParityError as error:  # an artefact of an earlier version: it is compared all the same
+    except ParityError as error:  # it is compared all the same
         hidden = str(error)
     return KeptTokens(grid=grid, stages=tuple(stages), hidden=hidden)
 
@@ -98,26 +95,45 @@ def _steps(
     image: Image.Image,
     chosen: Mapping[int, NDArray[np.int64]],
     threads: int | None,
-) -> Iterator[tuple[str, str, NDArray[Any] | None]]:
-    """Yield where tokens go, by which method, and by which index (M,) or matrix (M, N), None where that is unknown."""
+) -> Iterator[tuple[str, NDArray[Any]]]:
+    """Yield where tokens go, and by which index (M,) or matrix (M, N).
+
+    Raises:
+        ParityError: what a method keeps cannot be seen.
+    """
+    unplaced = ""
     for method, (arriving, leaving) in zip(methods, pairwise(plans), strict=True):
         if arriving.emitted == leaving.emitted and arriving.entering_llm != leaving.entering_llm:
-            stage = stage_name(method.name)
+            _require_places(unplaced)
+            stage, where = stage_name(method.name), "before the language model"
             if method.is_mixing:
-                step: NDArray[Any] | None = _computed(bundle, f"{stage}.matrix", image, threads).astype(np.float64)
-            elif method.is_choosing:
-                step = _computed(bundle, f"{stage}.index", image, threads).astype(np.int64)
+                yield where, _computed(bundle, f"{stage}.matrix", image, threads).astype(np.float64)
+            elif method.chooser:
+                index_M = _computed(bundle, f"{stage}.{method.chooser}", image, threads).astype(np.int64)
+                yield f"{where}, others merged into them" if method.is_merging else where, index_M
+                unplaced = method.name if len(index_M) != leaving.entering_llm else ""
             else:
-                step = _index(bundle, "vision_encoder", stage)
-            yield "before the language model", method.name, step
+                yield where, _seen(_index(bundle, "vision_encoder", stage), method.name)
     method_at = {
         layer: method.name
         for method, (arriving, leaving) in zip(methods, pairwise(plans), strict=True)
         for layer in _drops(leaving) - _drops(arriving)
     }
     for layer, name in sorted(method_at.items()):
+        _require_places(unplaced)
         step = _index(bundle, "decoder_model_merged", bottleneck_name(layer))
-        yield f"from layer {layer} on", name, chosen.get(layer) if step is None else step
+        yield f"from layer {layer} on", _seen(chosen.get(layer) if step is None else step, name)
+
+
+def _require_places(unplaced: str) -> None:
+    if unplaced:
+        raise ParityError(f"not every token that {unplaced} makes is one of those that it chooses")
+
+
+def _seen(step: NDArray[np.int64] | None, method: str) -> NDArray[np.int64]:
+    if step is None:
+        raise ParityError(f"the graph does not give out what {method} keeps of an image")
+    return step
 
 
 def _chosen(bundle: Bundle, image: Image.Image, question: str, threads: int | None) -> Mapping[int, NDArray[np.int64]]:

@@ -21,6 +21,7 @@ class ByClassToken(Method):
     """
 
     chooser: ClassVar[str] = "top"
+    is_merging: ClassVar[bool] = True
 
     keep: int | float
     tower_layer: int | None = None

@@ -37,15 +37,15 @@ class Method(ABC):
     Attributes:
         is_mixing: whether the stage on image features has a part ``matrix`` that says, for each image, which share of
             every token that arrives goes into each one that stays (B, M, N).
-        is_choosing: whether that stage has a part ``index`` that says, for each image, which tokens stay (B, M).
-        chooser: the part of that stage, a ``Chooser``, that says which tokens stay, whether others are merged into them
-            or not; empty where there is none.
+        chooser: the part of that stage, a ``Chooser``, that says, for each image, which tokens stay (B, M); empty where
+            there is none.
+        is_merging: whether those that do not are merged into them, or into further ones.
         is_control: whether it is what a method with as many tokens has to beat.
     """
 
     is_mixing: ClassVar[bool] = False
-    is_choosing: ClassVar[bool] = False
     chooser: ClassVar[str] = ""
+    is_merging: ClassVar[bool] = False
     is_control: ClassVar[bool] = False
 
     @abstractmethod

@@ -21,7 +21,6 @@ class DivPrune(Method):
         keep: a token count (int) or a fraction (float).
     """
 
-    is_choosing: ClassVar[bool] = True
     chooser: ClassVar[str] = "index"
 
     keep: int | float

@@ -104,10 +104,31 @@ def test_the_picture_of_divprune_is_what_it_chooses_of_the_features(
     assert patches == FarthestIndex(8)(torch.from_numpy(np.asarray(features, np.float32)))[0].tolist()
 
 
-def test_a_stage_that_chooses_and_merges_is_said_to_be_hidden(see: See):
-    found = see({"method": "prumerge", "keep": 8, "neighbours": 4})
-    assert found.stages == ()
-    assert found.hidden == "the graph does not give out what prumerge keeps of an image"
+MERGING = "before the language model, others merged into them"
+
+
+@pytest.mark.parametrize(
+    ("step", "kept"),
+    [
+        ({"method": "prumerge", "keep": 8, "neighbours": 4}, 7),
+        ({"method": "visionzip", "keep": 8, "contextual": 3}, 4),
+    ],
+    ids=["prumerge", "visionzip"],
+)
+def test_a_stage_that_chooses_and_merges_shows_what_it_chooses(see: See, step: dict[str, object], kept: int):
+    found = see(step)
+    ((where, patches),) = places(found)
+    assert (where, len(patches), found.hidden) == (MERGING, kept, "")
+    behind = see(step, {"method": "fastv", "keep": 3, "layer": 1})
+    assert places(behind) == places(found)
+    assert behind.hidden == f"not every token that {step['method']} makes is one of those that it chooses"
+
+
+def test_what_is_dropped_behind_a_stage_that_makes_no_further_token_is_shown(see: See):
+    step = {"method": "vscan", "keep": 9, "window": 2, "local_layer": 0, "layer": 2, "keep_inside": 4}
+    (before, first), (inside, second) = places(see(step))
+    assert (before, inside, len(first), len(second)) == (MERGING, "from layer 2 on", 9, 4)
+    assert set(second) <= set(first)
 
 
 def test_a_graph_that_does_not_name_a_choice_costs_its_picture_alone(
