@@ -20,6 +20,7 @@ from torch.utils.data import DataLoader
 from transformers import AutoTokenizer, LlavaForConditionalGeneration
 
 from tokexport.dialogues.questions import KINDS
+from tokexport.errors import TokexportError
 from tokexport.exporter.export import design
 from tokexport.recipes.load import load_recipe
 from tokexport.training.compressed import NO_LABEL
@@ -114,13 +115,26 @@ def too_high_and_low(answers: Sequence[Answers], tokenizer: Any) -> str:
 
 @click.command()
 @click.option("--recipe", default="mini_relevance", show_default=True)
-@click.option("--conversations", default=128, show_default=True, help="Of the validation split, for each kind.")
+@click.option(
+    "--conversations",
+    default=128,
+    show_default=True,
+    type=click.IntRange(min=1),
+    help="Of the validation split, for each kind.",
+)
 @click.option("--kind", "kinds", multiple=True, type=click.Choice(KINDS), help="Of questions, by default all.")
-@click.option("--threads", type=int, help="By default one per core.")
+@click.option("--threads", type=click.IntRange(min=1), help="By default one per core.")
 def main(recipe: str, conversations: int, kinds: Sequence[str], threads: int | None) -> None:
     """Ask questions of every kind and print a table."""
     if threads is not None:
         torch.set_num_threads(threads)
+    try:
+        _ask_all(recipe, conversations, kinds or KINDS)
+    except TokexportError as error:
+        raise click.ClickException(str(error)) from error
+
+
+def _ask_all(recipe: str, conversations: int, kinds: Sequence[str]) -> None:
     made = design(load_recipe(recipe))
     method, spec = method_of(made), made.model.spec
     network = method.network()
@@ -129,7 +143,7 @@ def main(recipe: str, conversations: int, kinds: Sequence[str], threads: int | N
     tokenizer = AutoTokenizer.from_pretrained(made.model.directory)
     click.echo(f"| kind | {' | '.join(CHOICES)} |\n|---|{'---:|' * len(CHOICES)}")
     shares: dict[str, list[float]] = {choice: [] for choice in CHOICES}
-    for kind in kinds or KINDS:
+    for kind in kinds:
         material = made_material(
             made,
             num=conversations,

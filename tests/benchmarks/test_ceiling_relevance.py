@@ -26,6 +26,13 @@ def test_every_choice_is_asked():
     assert means.removeprefix("| all kinds alike") == shares.removeprefix("| counting")
 
 
+def test_a_recipe_of_another_method_is_refused_in_one_line():
+    result = CliRunner().invoke(main, ["--recipe", "mini_adsc"])
+    assert (result.exit_code, result.stdout) == (1, "")
+    assert result.stderr.startswith("Error: recipe mini_adsc has the methods ['adsc']")
+    assert result.stderr.count("\n") == 1
+
+
 def test_wrong_counts_are_told_apart():
     said, target = torch.tensor([3, 5, 5]), torch.tensor([3, 4, 7])
     assert too_high_and_low([Answers(said == target, said, target)], Digits()) == "1, 1"
