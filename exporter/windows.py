@@ -6,14 +6,18 @@ Methods that merge tokens start from averages over windows, and the windows alon
 import math
 from abc import ABC
 from dataclasses import dataclass, replace
+from itertools import product
 from typing import Literal, Self
 
 from tokexport.errors import RecipeError
 from tokexport.exporter.budget import Load
 from tokexport.exporter.method import Method
-from tokexport.exporter.plan import PositionPolicy, TokenPlan, VlmSpec, even_grids, resolve_keep
+from tokexport.exporter.plan import PositionPolicy, TokenPlan, VlmSpec, resolve_keep
 
 Pattern = Literal["stride", "grid"]
+
+# Of the tokens that a fraction asks for.
+_MAY_DIFFER = 0.05
 
 
 @dataclass(frozen=True)
@@ -36,6 +40,11 @@ class Windows:
     def count(self) -> int:
         """How many tokens come out."""
         return math.prod(self.kept)
+
+    @property
+    def overlap(self) -> int:
+        """By how many tokens kernels and strides differ: none where windows tile."""
+        return sum(abs(kernel - stride) for kernel, stride in zip(self.kernel, self.stride, strict=True))
 
     @property
     def centres(self) -> tuple[int, ...]:
@@ -99,12 +108,9 @@ class Windowed(Method, ABC):
             return _given(axes, self.kernel, self.stride, where)
         assert self.keep is not None
         count = resolve_keep(self.keep, arriving.entering_llm, where)
-        if self.pattern == "stride":
-            kept: tuple[int, ...] = (count,)
-        else:
-            kept = _kept_grid(axes, count, where, may_differ=isinstance(self.keep, float))
-        found = [fitting(length, number) for length, number in zip(axes, kept, strict=True)]
-        return Windows(axes, tuple(kernel for kernel, _ in found), tuple(stride for _, stride in found))
+        if self.pattern == "grid":
+            return _grid_windows(axes, count, where, may_differ=isinstance(self.keep, float))
+        return _fitted(axes, (count,))
 
 
 def fitting(length: int, count: int) -> tuple[int, int]:
@@ -136,18 +142,34 @@ def _given(axes: tuple[int, ...], kernel: int, stride: int, where: str) -> Windo
     return windows
 
 
-def _kept_grid(axes: tuple[int, ...], count: int, where: str, *, may_differ: bool) -> tuple[int, int]:
-    grid = (axes[0], axes[1])
-    found = even_grids(grid)
+def _fitted(axes: tuple[int, ...], kept: tuple[int, ...]) -> Windows:
+    found = [fitting(length, number) for length, number in zip(axes, kept, strict=True)]
+    return Windows(axes, tuple(kernel for kernel, _ in found), tuple(stride for _, stride in found))
+
+
+def _grid_windows(axes: tuple[int, ...], count: int, where: str, *, may_differ: bool) -> Windows:
+    """Return the windows that make a count of tokens, the nearest to a tiling, of equals the squarest grid."""
+
+    def effort(windows: Windows) -> tuple[int, float]:
+        rows, columns = windows.kept
+        return windows.overlap, max(rows / columns, columns / rows)
+
+    made: dict[int, Windows] = {}
+    for kept in product(*(range(1, length + 1) for length in axes)):
+        windows = _fitted(axes, kept)
+        if 1 < windows.count < math.prod(axes):
+            made[windows.count] = min(made.get(windows.count, windows), windows, key=effort)
     if may_differ:
-        count = min(found, key=lambda number: abs(number - count))
-    if count not in found:
-        below, above = [n for n in found if n < count][-1:], [n for n in found if n > count][:1]
+        # A little off, windows that tile are worth more than an exact count of such that overlap.
+        near = [number for number in made if abs(number - count) <= _MAY_DIFFER * count] or list(made)
+        count = min(near, key=lambda number: (made[number].overlap, abs(number - count), effort(made[number])))
+    if count not in made:
+        below, above = [n for n in sorted(made) if n < count][-1:], [n for n in sorted(made) if n > count][:1]
         raise RecipeError(
-            f"{where} no kernel and stride over {grid[0]} x {grid[1]} tokens make {count}; keep "
+            f"{where} no kernel and stride over {axes[0]} x {axes[1]} tokens make {count}; keep "
             f'{" or ".join(map(str, below + above))}, or lay the windows along the sequence with pattern = "stride"'
         )
-    return found[count]
+    return made[count]
 
 
 def _require_grid(arriving: TokenPlan, where: str) -> tuple[int, ...]:

@@ -35,6 +35,10 @@ def test_windows_tile_where_they_can(length: int, count: int, expected: tuple[in
         ({"keep": 64}, (8, 8)),
         ({"keep": 56}, (7, 8)),
         ({"keep": 0.1}, (7, 8)),
+        ({"keep": 0.3}, (7, 24)),
+        ({"keep": 192}, (8, 24)),
+        ({"keep": 100}, (5, 20)),
+        ({"keep": 0.7}, (17, 24)),
         ({"keep": 58, "pattern": "stride"}, (58,)),
         ({"keep": 0.1, "pattern": "stride"}, (58,)),
         ({"kernel": 4, "stride": 4}, (6, 6)),
@@ -49,6 +53,15 @@ def test_windows_make_what_is_asked_for(options: dict[str, object], kept: tuple[
     plan = method.plan(SPEC, LARGE)
     assert plan.entering_llm == windows.count
     assert plan.grid == (kept if len(kept) == 2 else None)
+
+
+def test_of_grids_with_as_many_windows_the_nearest_to_a_tiling_is_taken():
+    for count in (144, 168, 192):
+        found = Pool(keep=count).windows(LARGE)
+        assert found.overlap == (1 if count == 168 else 0)
+        for rows in (rows for rows in range(1, 25) if count % rows == 0 and count // rows <= 24):
+            along = [fitting(24, rows), fitting(24, count // rows)]
+            assert found.overlap <= sum(abs(kernel - stride) for kernel, stride in along)
 
 
 @pytest.mark.parametrize(
@@ -82,7 +95,7 @@ def test_merged_tokens_stand_in_the_middle_of_their_windows_or_side_by_side():
         (
             {"keep": 58},
             LARGE,
-            "no kernel and stride over 24 x 24 tokens make 58; keep 56 or 60, or lay the windows along the sequence "
+            "no kernel and stride over 24 x 24 tokens make 58; keep 57 or 60, or lay the windows along the sequence "
             'with pattern = "stride"',
         ),
         ({"keep": 576}, LARGE, "keep = 576 keeps all 576 vision tokens that arrive and has no effect"),
