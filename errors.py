@@ -15,6 +15,7 @@ TokexportError              exit 1   what came, what was expected, what to do
 ```
 """
 
+from collections.abc import Iterable
 from difflib import get_close_matches
 
 
@@ -74,3 +75,10 @@ def nearest(name: str, choices: list[str]) -> str:
     if close:
         return f"; did you mean {close[0]!r}?"
     return f"; choose one of: {', '.join(sorted(choices))}" if choices else ""
+
+
+def nearest_numbers(number: int, choices: Iterable[int]) -> str:
+    """Return ``below or above``, the choices next to a number that is none of them."""
+    ascending = sorted(choices)
+    below, above = [n for n in ascending if n < number], [n for n in ascending if n > number]
+    return " or ".join(map(str, below[-1:] + above[:1]))

@@ -15,6 +15,9 @@ from tokexport.errors import RecipeError
 PositionPolicy = Literal["keep", "renumber"]
 """Rotary positions of the tokens that stay: those they came with, or side by side."""
 
+Pattern = Literal["stride", "grid"]
+"""What is thinned: the row-major sequence, or the rows and the columns of a grid of tokens."""
+
 # torch.export takes a dimension of 0 or 1 for fixed, and the graph could not be run without an image.
 LEAST_KEEP = 2
 # Of the sides of a cell; where no product is squarer, the nearest counts that are do better.
@@ -134,6 +137,23 @@ class TokenPlan:
             grid=grid,
             places=None if places is None else tuple(before[place] for place in places),
         )
+
+    def arriving_at(self, layer: int) -> int:
+        """Return how many tokens come to a layer, before any bottleneck that stands there."""
+        return self.per_layer[layer - 1] if layer > 0 else self.entering_llm
+
+    def require_grid(self, where: str, layer: int = 0) -> tuple[int, int]:
+        """Return rows and columns of the tokens that come to a layer.
+
+        Raises:
+            RecipeError: they are no grid; ``where`` begins its text.
+        """
+        if self.grid is None or self.arriving_at(layer) != self.entering_llm:
+            raise RecipeError(
+                f'{where} pattern = "grid" needs a full grid of tokens, which an earlier method broke; use '
+                'pattern = "stride"'
+            )
+        return self.grid
 
     def thinned_before_layer(self, layer: int, keep: int) -> "TokenPlan":
         """Return the plan with at most ``keep`` tokens from ``layer`` on."""
@@ -292,11 +312,15 @@ def squarest_grid(grid: tuple[int, int], arriving: tuple[int, int], keep: int) -
     return min(fits, key=lambda kept: (_stretch(grid, kept), kept)) if fits else None
 
 
+def grid_counts(grid: tuple[int, int]) -> list[int]:
+    """Return, ascending, every count that whole rows and columns within ``grid`` make."""
+    return sorted({rows * columns for rows in range(1, grid[0] + 1) for columns in range(1, grid[1] + 1)})
+
+
 @functools.cache
 def even_grids(grid: tuple[int, int]) -> Mapping[int, tuple[int, int]]:
     """Return, by ascending count, the rows and columns of fewer tokens whose cells on ``grid`` are nearly square."""
-    products = {rows * columns for rows in range(1, grid[0] + 1) for columns in range(1, grid[1] + 1)}
-    squarest = {count: squarest_grid(grid, grid, count) for count in sorted(products - {1, grid[0] * grid[1]})}
+    squarest = {count: squarest_grid(grid, grid, count) for count in grid_counts(grid)[1:-1]}
     return {count: kept for count, kept in squarest.items() if kept and _stretch(grid, kept) <= _MOST_STRETCH}
 
 

@@ -7,14 +7,12 @@ import math
 from abc import ABC
 from dataclasses import dataclass, replace
 from itertools import product
-from typing import Literal, Self
+from typing import Self
 
-from tokexport.errors import RecipeError
+from tokexport.errors import RecipeError, nearest_numbers
 from tokexport.exporter.budget import Load
 from tokexport.exporter.method import Method
-from tokexport.exporter.plan import PositionPolicy, TokenPlan, VlmSpec, resolve_keep
-
-Pattern = Literal["stride", "grid"]
+from tokexport.exporter.plan import Pattern, PositionPolicy, TokenPlan, VlmSpec, resolve_keep
 
 # Of the tokens that a fraction asks for.
 _MAY_DIFFER = 0.05
@@ -103,7 +101,7 @@ class Windowed(Method, ABC):
             raise RecipeError(
                 f"{where} {' and '.join(given) or 'nothing'} is given, expected either keep, or kernel and stride"
             )
-        axes = (arriving.entering_llm,) if self.pattern == "stride" else _require_grid(arriving, where)
+        axes = (arriving.entering_llm,) if self.pattern == "stride" else arriving.require_grid(where)
         if self.kernel is not None and self.stride is not None:
             return _given(axes, self.kernel, self.stride, where)
         assert self.keep is not None
@@ -164,18 +162,8 @@ def _grid_windows(axes: tuple[int, ...], count: int, where: str, *, may_differ: 
         near = [number for number in made if abs(number - count) <= _MAY_DIFFER * count] or list(made)
         count = min(near, key=lambda number: (made[number].overlap, abs(number - count), effort(made[number])))
     if count not in made:
-        below, above = [n for n in sorted(made) if n < count][-1:], [n for n in sorted(made) if n > count][:1]
         raise RecipeError(
             f"{where} no kernel and stride over {axes[0]} x {axes[1]} tokens make {count}; keep "
-            f'{" or ".join(map(str, below + above))}, or lay the windows along the sequence with pattern = "stride"'
+            f'{nearest_numbers(count, made)}, or lay the windows along the sequence with pattern = "stride"'
         )
     return made[count]
-
-
-def _require_grid(arriving: TokenPlan, where: str) -> tuple[int, ...]:
-    if arriving.grid is None:
-        raise RecipeError(
-            f'{where} pattern = "grid" needs a full grid of tokens, which an earlier method broke; use '
-            'pattern = "stride"'
-        )
-    return arriving.grid

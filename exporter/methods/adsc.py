@@ -8,15 +8,17 @@ that stay. In a graph every bottleneck is a gather with a constant index.
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
-from tokexport.errors import RecipeError
+from tokexport.errors import RecipeError, nearest_numbers
 from tokexport.exporter.drops import Dropping
 from tokexport.exporter.plan import (
+    Pattern,
     PositionPolicy,
     TokenPlan,
     VlmSpec,
     even_grids,
+    grid_counts,
     grid_index,
     squarest_grid,
     stride_index,
@@ -36,7 +38,7 @@ class Adsc(Dropping):
         positions: whether kept tokens keep their rotary positions or are numbered anew.
     """
 
-    pattern: Literal["stride", "grid"] = "stride"
+    pattern: Pattern = "stride"
     phase: float = 0.0
     positions: PositionPolicy = "keep"
 
@@ -69,7 +71,7 @@ class Adsc(Dropping):
     def indices(self, spec: VlmSpec, arriving: TokenPlan) -> dict[int, tuple[int, ...]]:
         """Return, by layer, which of the tokens arriving at its bottleneck are kept, ascending."""
         plan = self.plan(spec, arriving)
-        counts = [_arriving_at(arriving, self.drops[0].layer), *(plan.per_layer[drop.layer] for drop in self.drops)]
+        counts = [arriving.arriving_at(self.drops[0].layer), *(plan.per_layer[drop.layer] for drop in self.drops)]
         if self.pattern == "stride":
             kept = [stride_index(n, m, self.phase) for n, m in pairwise(counts)]
         else:
@@ -79,30 +81,15 @@ class Adsc(Dropping):
 
     def _grids(self, plan: TokenPlan, arriving: TokenPlan) -> list[tuple[int, int]]:
         """Return rows and columns before the first bottleneck and behind each."""
-        if arriving.grid is None or _arriving_at(arriving, self.drops[0].layer) != arriving.entering_llm:
-            raise RecipeError(
-                '[[compress]] adsc pattern = "grid" needs a full grid of tokens, which an earlier method '
-                'broke; use pattern = "stride"'
-            )
-        grids = [arriving.grid]
+        grid = arriving.require_grid("[[compress]] adsc", self.drops[0].layer)
+        grids = [grid]
         for drop in self.drops:
             keep = plan.per_layer[drop.layer]
-            kept = squarest_grid(arriving.grid, grids[-1], keep)
+            kept = squarest_grid(grid, grids[-1], keep)
             if kept is None:
                 raise RecipeError(
                     f"[[compress]] adsc drop before layer {drop.layer}: {keep} tokens are no rows x columns within "
-                    f"{grids[-1][0]} x {grids[-1][1]}; {_nearest_products(grids[-1], keep)} would be"
+                    f"{grids[-1][0]} x {grids[-1][1]}; {nearest_numbers(keep, grid_counts(grids[-1]))} would be"
                 )
             grids.append(kept)
         return grids
-
-
-def _arriving_at(plan: TokenPlan, layer: int) -> int:
-    return plan.per_layer[layer - 1] if layer > 0 else plan.entering_llm
-
-
-def _nearest_products(grid: tuple[int, int], keep: int) -> str:
-    products = sorted({rows * columns for rows in range(1, grid[0] + 1) for columns in range(1, grid[1] + 1)})
-    below = [product for product in products if product < keep]
-    above = [product for product in products if product > keep]
-    return " or ".join(str(product) for product in below[-1:] + above[:1])

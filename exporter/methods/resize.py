@@ -4,7 +4,7 @@ import math
 from dataclasses import dataclass
 from typing import ClassVar
 
-from tokexport.errors import RecipeError
+from tokexport.errors import RecipeError, nearest_numbers
 from tokexport.exporter.method import Method
 from tokexport.exporter.plan import TokenPlan, VlmSpec, resolve_keep
 
@@ -52,13 +52,6 @@ class Resize(Method):
         if square not in squares:
             raise RecipeError(
                 f"{where} keep = {self.keep} asks for {count} tokens, but a smaller image has a square of them, from "
-                f"{_LEAST_SIDE} x {_LEAST_SIDE} to {rows - 1} x {rows - 1}; choose {_neighbours(count, squares)}"
+                f"{_LEAST_SIDE} x {_LEAST_SIDE} to {rows - 1} x {rows - 1}; choose {nearest_numbers(count, squares)}"
             )
         return squares[square], squares[square]
-
-
-def _neighbours(count: int, squares: dict[int, int]) -> str:
-    """Name the squares next to ``count``."""
-    below = [square for square in squares if square < count]
-    above = [square for square in squares if square > count]
-    return " or ".join(str(square) for square in below[-1:] + above[:1])

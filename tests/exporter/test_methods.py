@@ -92,6 +92,7 @@ EXAMPLES: dict[str, Sequence[Steps]] = {
     "sample": [
         [{"method": "sample", "keep": 8}, {"method": "adsc", "drops": [{"layer": 2, "keep": 5}]}],
         [{"method": "sample", "keep": 6, "positions": "keep"}],
+        [{"method": "sample", "keep": 6, "pattern": "grid", "positions": "keep"}],
     ],
     "sparsevlm": [[{"method": "sparsevlm", "drops": [{"layer": 1, "keep": 9}, {"layer": 3, "keep": 4}]}]],
     "visionzip": [[{"method": "visionzip", "keep": 7, "contextual": 3}]],
@@ -189,94 +190,6 @@ def test_a_bottleneck_thins_only_the_vision_span(num_before: int, num_vision: in
     assert bottleneck(torch.arange(11).unsqueeze(0), num_before, num_vision, index).tolist() == [kept]
 
 
-# --- sample and random by hand
-
-
-@pytest.mark.parametrize(
-    ("keep", "phase", "expected"),
-    [(4, 0.5, (2, 6, 10, 14)), (4, 0.0, (0, 4, 8, 12)), (0.25, 0.5, (2, 6, 10, 14)), (2, 0.5, (4, 12))],
-)
-def test_sample_keeps_equidistant_tokens(keep: float, phase: float, expected: tuple[int, ...]):
-    assert kept_features(Sample(keep=keep, phase=phase)) == expected
-
-
-def test_random_keeps_tokens_in_their_order_each_at_most_once():
-    kept = kept_features(Random(keep=7))
-    assert len(kept) == 7
-    assert list(kept) == sorted(set(kept))
-    assert 0 <= kept[0] <= kept[-1] < 16
-
-
-def test_random_keeps_the_same_tokens_every_time():
-    assert kept_features(Random(keep=7, seed=3)) == kept_features(Random(keep=7, seed=3))
-
-
-def test_another_seed_keeps_other_tokens():
-    assert len({kept_features(Random(keep=7, seed=seed)) for seed in range(4)}) == 4
-
-
-def test_the_random_choice_is_that_of_yesterday():
-    assert kept_features(Random(keep=4)) == (0, 6, 12, 15)
-
-
-@pytest.mark.parametrize("method", [Sample(keep=4), Random(keep=4)], ids=["sample", "random"])
-def test_what_enters_the_model_is_thinned_for_every_layer(method: Method):
-    plan = method.plan(SPEC, FULL)
-    assert (plan.emitted, plan.entering_llm, plan.per_layer, plan.grid) == (16, 4, (4, 4, 4, 4), None)
-
-
-def test_a_feature_gather_takes_the_rows_of_its_index():
-    features = torch.arange(8.0).reshape(1, 4, 2)
-    assert FeatureGather((1, 3))(features).tolist() == [[[2, 3], [6, 7]]]
-
-
-# --- resize by hand
-
-
-@pytest.mark.parametrize(("keep", "side"), [(4, 2), (9, 3), (0.25, 2), (0.5, 3), (0.4, 2), (0.45, 3)])
-def test_resize_takes_a_square_or_the_nearest_to_a_fraction(keep: float, side: int):
-    # 0.4 of 16 tokens are 6, two from 4 and three from 9; 0.45 are 7.
-    assert Resize(keep=keep).tower_grid(SPEC, FULL) == (side, side)
-
-
-def test_of_a_smaller_image_the_tower_emits_fewer_tokens():
-    assert Resize(keep=9).plan(SPEC, FULL) == TokenPlan(emitted=9, entering_llm=9, per_layer=(9, 9, 9, 9), grid=(3, 3))
-
-
-def test_a_smaller_image_is_still_a_grid_for_adsc():
-    arriving = Resize(keep=9).plan(SPEC, FULL)
-    # 6 of 3 x 3 are 2 rows of 3; of these the first, second and third column is every one.
-    assert drops((1, 6), pattern="grid").indices(SPEC, arriving) == {1: (0, 1, 2, 3, 4, 5)}
-
-
-@pytest.mark.parametrize("method", [drops((1, 8)), Sample(keep=4), Random(keep=4)], ids=["adsc", "sample", "random"])
-def test_only_resize_changes_what_the_tower_sees(method: Method):
-    assert method.tower_grid(SPEC, FULL) is None
-
-
-@pytest.mark.parametrize(
-    ("keep", "nearest"),
-    [(6, "4 or 9"), (12, "9"), (16, "9"), (25, "9"), (3, "4"), (1, "4"), (0, "4"), (-4, "4"), (0.9, "9"), (0.12, "4")],
-)
-def test_a_number_that_no_smaller_image_gives_is_refused_with_the_nearest(keep: float, nearest: str):
-    with pytest.raises(RecipeError, match=rf"from 2 x 2 to 3 x 3; choose {nearest}$"):
-        Resize(keep=keep).plan(SPEC, FULL)
-
-
-@pytest.mark.parametrize(
-    ("grid", "text"),
-    [
-        ((2, 8), "[[compress]] resize: the vision tower has 2 x 8 patches, expected a square; choose another method"),
-        ((2, 2), "[[compress]] resize: no smaller square of at least 2 x 2 fits into the 2 x 2 patches of the vision"),
-    ],
-)
-def test_a_tower_whose_grid_has_no_smaller_square_is_refused(grid: tuple[int, int], text: str):
-    spec = replace(SPEC, vision_grid=grid)
-    with pytest.raises(RecipeError) as caught:
-        plan_tokens([Resize(keep=4)], spec)
-    assert str(caught.value).startswith(text)
-
-
 # --- a model cut short
 
 
@@ -355,10 +268,18 @@ def test_what_happens_before_the_model_does_not_depend_on_its_depth(method: Meth
         ),
         ([{"method": "sample"}], "[[compress]] sample needs the key 'keep'"),
         ([{"method": "sample", "keep": 4, "phase": 1}], "[[compress]] sample phase = 1.0 must be at least 0"),
+        (
+            [{"method": "sample", "keep": 7, "pattern": "grid"}],
+            "[[compress]] sample: 7 tokens are no even rows x columns of 4 x 4; keep 6 or 8, or take them along the",
+        ),
+        (
+            [{"method": "random", "keep": 8}, {"method": "sample", "keep": 4, "pattern": "grid"}],
+            '[[compress]] sample: pattern = "grid" needs a full grid of tokens, which an earlier method broke; use',
+        ),
         ([{"method": "sample", "keep": 17}], "[[compress]] sample: keep = 17 is more than the 16 vision tokens"),
         (
             [{"method": "sample", "keep": 4, "sed": 1}],
-            "[[compress]] sample has no key 'sed'; choose one of: keep, phase, positions",
+            "[[compress]] sample has no key 'sed'; choose one of: keep, pattern, phase, positions",
         ),
         ([{"method": "fastv", "keep": 4, "layer": 0}], "[[compress]] fastv layer = 0 must be at least 1: tokens are"),
         ([{"method": "fastv", "keep": 4, "layer": 4}], "[[compress]] fastv before layer 4: the model has the layers 0"),
