@@ -12,7 +12,14 @@ from tokexport.errors import InputError
 
 
 @click.command()
-@click.argument("recipes", nargs=-1, required=True)
+@click.argument("recipes", nargs=-1)
+@click.option(
+    "--recipes",
+    "listed",
+    metavar="RECIPE,...",
+    callback=lambda _context, _option, given: _parts(given),
+    help="More of them, in one list.",
+)
 @click.option(
     "--out", "-o", type=click.Path(path_type=Path), default=Path("out/compare"), show_default=True, help="Folder."
 )
@@ -29,9 +36,7 @@ from tokexport.errors import InputError
 @click.option(
     "--precisions",
     metavar="PRECISION,...",
-    callback=lambda _context, _option, given: (
-        tuple(one.strip() for one in given.split(",")) if given is not None else ()
-    ),
+    callback=lambda _context, _option, given: _parts(given),
     help="Make every recipe in each beside float32, e.g. int8,int4.",
 )
 @click.option("--repeats", default=9, show_default=True, type=click.IntRange(min=1), help="Measured runs of each.")
@@ -40,6 +45,7 @@ from tokexport.errors import InputError
 @output_options
 def compare(
     recipes: tuple[str, ...],
+    listed: tuple[str, ...],
     out: Path,
     data: str,
     dialogues: int | None,
@@ -63,8 +69,11 @@ def compare(
     from tokexport.engines.recipe_comparison import PAGE, TABLE, compare_recipes
     from tokexport.recipes.load import load_recipe
 
+    names = _names((*recipes, *listed))
+    if not names:
+        raise click.UsageError("no recipe is given; give names, TOML files, or folders of them")
     terminal = Terminal(quiet=quiet)
-    loaded = [load_recipe(name) for name in _names(recipes)]
+    loaded = [load_recipe(name) for name in names]
     asked = open_dialogues(data, dialogues=dialogues)
     with terminal.working():
         found = compare_recipes(
@@ -83,10 +92,15 @@ def compare(
         click.echo(json.dumps(found.report(), indent=2, default=str))
 
 
+def _parts(given: str | None) -> tuple[str, ...]:
+    """Return what stands between the commas of a list."""
+    return tuple(one.strip() for one in given.split(",")) if given is not None else ()
+
+
 def _budgets(given: str | None) -> tuple[int, ...]:
     """Return the whole numbers of a list with commas."""
     try:
-        return tuple(int(one) for one in given.split(",")) if given is not None else ()
+        return tuple(int(one) for one in _parts(given))
     except ValueError:
         raise click.BadParameter(f"{given!r} is no list of whole numbers, e.g. 192,128,64") from None
 

@@ -69,6 +69,15 @@ def test_recipes_are_compared_without_budgets(run: Run, tmp_path: Path):
     assert outcome.error.startswith("0 of the recipes mini_adsc are without [[compress]]")
 
 
+def test_recipes_are_compared_from_a_list_with_commas_too(run: Run, tmp_path: Path):
+    outcome = run("compare", "mini_adsc_64", "--recipes", "mini_adsc, mini_adsc_128", "-o", tmp_path / "out")
+    assert outcome.code == 1
+    assert outcome.error.startswith("0 of the recipes mini_adsc_64, mini_adsc, mini_adsc_128 are without [[compress]]")
+    nothing = run("compare", "-o", tmp_path / "out")
+    assert nothing.code == 2
+    assert "no recipe is given; give names, TOML files, or folders of them" in nothing.err
+
+
 def test_the_plan_of_a_smaller_image_compares_with_the_whole_one(run: Run):
     outcome = run("plan", "--recipe", "mini_full", "--set", 'compress=[{method="resize", keep=144}]')
     assert "mean             576 -> 144 tokens (25 %)" in outcome.err
