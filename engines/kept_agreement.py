@@ -21,8 +21,8 @@ from tokexport.engines.taps import VisionTaps
 from tokexport.engines.torch_session import TorchSession
 from tokexport.errors import InputError
 from tokexport.exporter.bundle import Bundle
-from tokexport.exporter.graph_io import GraphName, choosing_layers, stage_name
-from tokexport.exporter.method import load_methods
+from tokexport.exporter.graph_io import GraphName, choosing_layers
+from tokexport.exporter.method import chooser_names, load_methods
 
 _DECODER: GraphName = "decoder_model_merged"
 _VISION: GraphName = "vision_encoder"
@@ -36,7 +36,7 @@ def require_choice(bundle: Bundle) -> None:
     Raises:
         InputError: every image keeps the same tokens, or scores of int8 graphs are not near enough to each other.
     """
-    if not choosing_layers(bundle.graph_io(_DECODER)) and not _choosers(bundle):
+    if not choosing_layers(bundle.graph_io(_DECODER)) and not chooser_names(load_methods(bundle.recipe.compress)):
         raise InputError(
             f"{bundle.path} keeps the same tokens of every image, so --images has no effect; it is for methods that "
             "choose by what they see, like fastv or visionzip"
@@ -75,7 +75,7 @@ def kept_agreement(
     """
     made = source_design(bundle, options.source)
     reference = TorchSession(made, options, is_quantized=made.recipe.quantize.is_active)
-    choosers, processor = _choosers(bundle), PromptProcessor(bundle.path)
+    choosers, processor = chooser_names(load_methods(bundle.recipe.compress)), PromptProcessor(bundle.path)
     taps = VisionTaps(bundle, choosers, threads=options.threads) if choosers else None
     is_choosing = bool(choosing_layers(bundle.graph_io(_DECODER)))
     engine = load_backend(backend).open(bundle, options) if is_choosing else None
@@ -134,12 +134,6 @@ class _Agreement:
             graph=graph,
             note=f"{100 - 100 * other:.3f} % of {self.kept} alike, {self.ties} near-ties, {self.wrong} against scores",
         )
-
-
-def _choosers(bundle: Bundle) -> tuple[str, ...]:
-    """Return the modules of the vision encoder that say which tokens stay."""
-    methods = load_methods(bundle.recipe.compress)
-    return tuple(f"{stage_name(method.name)}.{method.chooser}" for method in methods if method.chooser)
 
 
 def _choices(session: Session, pixel_values: NDArray[np.float32], prompt: Sequence[int]) -> Mapping[int, Choice]:

@@ -11,8 +11,9 @@ first and the second. The right side is fed the tokens that the left side chose;
 chosen the same at every step, its greedy answers are the same. Where something is quantized, tokens are not compared:
 what that costs in answers is measured, not proved.
 
-Where vision tokens are chosen by attention, rounding decides between nearly equal scores. If the right side chose
-otherwise, the reference is asked again and made to keep the same, and its scores say whether each was a near-tie.
+Where vision tokens are chosen by what is seen, rounding decides between nearly equal scores. If the right side chose
+otherwise, the reference is asked again and made to keep the same, and its scores say whether each was a near-tie. What
+the vision encoder chooses is no output of its graph and is read from the portable one; of an engine it is not known.
 """
 
 import contextlib
@@ -51,7 +52,8 @@ from tokexport.engines.torch_session import TorchSession
 from tokexport.errors import BackendUnavailableError
 from tokexport.exporter.bundle import Bundle, library_versions
 from tokexport.exporter.export import Design, weight_names
-from tokexport.exporter.graph_io import GRAPHS, STAGES, GraphName
+from tokexport.exporter.graph_io import GRAPHS, GraphName
+from tokexport.exporter.method import chooser_names
 from tokexport.exporter.plan import TokenPlan
 from tokexport.exporter.quantization import quantized_layers
 
@@ -142,37 +144,46 @@ def verify(
 
     progress("our modules, compressed")
     reference, step = TorchSession(made, options), "reference vs ort-portable"
-    expected = record(reference, probe)
-    quantize = made.recipe.quantize
+    expected, outputs = record(reference, probe), reference.vision_layer_outputs(probe.pixel_values)
+    quantize, choosers = made.recipe.quantize, chooser_names(made.methods)
     if quantize.is_active:
         progress("our modules, quantized")
-        reference = TorchSession(made, options, is_quantized=True)
+        del reference
+        quantized = TorchSession(made, options, is_quantized=True)
+        before, outputs = outputs, quantized.vision_layer_outputs(probe.pixel_values)
         lost = "int4" if "int4" in (quantize.vision_encoder, quantize.decoder) else "int8"
-        following = functools.partial(TorchSession, made, options)
+        reference = _Reference(made, options, _kept(outputs, choosers))
+        if not reference.keeps(before):
+            expected = record(reference.open(), probe, expected.answers)
         expected = ladder.climb(
-            "reference vs quantized reference", reference, expected, judged_by=lost, following=following
+            "reference vs quantized reference", quantized, expected, judged_by=lost, following=reference.open
         )
         step = "quantized reference vs ort-portable"
-    taps = reference.vision_layer_outputs(probe.pixel_values)
-    del reference
+        del quantized
 
     progress("ort-portable")
     matrices = {quantize.vision_encoder, quantize.decoder} - {"none"}
     judged_by = "bytes" if "int8" in matrices else None
+    found = VisionTaps(bundle, list(outputs), threads=options.threads)(probe.pixel_values)
+    reference = _Reference(made, options, _kept(found, choosers), is_quantized=quantize.is_active)
+    if not reference.keeps(outputs):
+        session = reference.open()
+        expected, outputs = record(session, probe, expected.answers), session.vision_layer_outputs(probe.pixel_values)
+        del session
     graph_checks = [
         *_index_checks(step, bundle, made),
         *_rounding_checks(step, bundle, made),
-        *ladder.vision_checks(step, taps, options.threads, judged_by),
+        *ladder.vision_checks(step, found, _without(choosers, outputs), judged_by),
+        *ladder.stage_checks(step, reference, judged_by),
     ]
     portable = load_backend("ort-portable").open(bundle, options)
-    following = functools.partial(TorchSession, made, options, is_quantized=quantize.is_active)
-    expected = ladder.climb(step, portable, expected, graph_checks, judged_by=judged_by, following=following)
+    expected = ladder.climb(step, portable, expected, graph_checks, judged_by=judged_by, following=reference.open)
     engine = load_backend(backend)
     if backend != "ort-portable":
         progress(backend)
         judged_by = "bytes" if matrices else None
         session = engine.open(bundle, options)
-        ladder.climb(_last_step(backend), session, expected, judged_by=judged_by, following=following)
+        ladder.climb(_last_step(backend), session, expected, judged_by=judged_by, following=reference.open)
     seconds = time.perf_counter() - started
     return Verification(tuple(ladder.checks), made.recipe.export.dtype, backend, seconds, ladder.written)
 
@@ -196,6 +207,37 @@ def require_provable(backend: str, dtype: str) -> None:
         )
     for rung in (load_backend("ort-portable"), engine):
         rung.require(dtype)
+
+
+@dataclass(frozen=True)
+class _Reference:
+    """Our modules, made to keep the vision tokens that another side kept.
+
+    Attributes:
+        kept: of the vision encoder, (B, M) by the names of choosers.
+    """
+
+    made: Design
+    options: SessionOptions
+    kept: Mapping[str, NDArray[np.int64]]
+    is_quantized: bool = False
+
+    def open(self) -> TorchSession:
+        session = TorchSession(self.made, self.options, is_quantized=self.is_quantized)
+        session.follow_stages(self.kept)
+        return session
+
+    def keeps(self, outputs: Mapping[str, NDArray[np.float32]]) -> bool:
+        """Return whether the vision encoder kept the same where it computed these outputs."""
+        return all(np.array_equal(outputs[name], kept_BM) for name, kept_BM in self.kept.items())
+
+
+def _without(choosers: Sequence[str], outputs: Mapping[str, NDArray[np.float32]]) -> dict[str, NDArray[np.float32]]:
+    return {name: values for name, values in outputs.items() if name not in choosers}
+
+
+def _kept(outputs: Mapping[str, NDArray[np.float32]], choosers: Sequence[str]) -> dict[str, NDArray[np.int64]]:
+    return {name: outputs[name].astype(np.int64) for name in choosers}
 
 
 class _Ladder:
@@ -274,15 +316,16 @@ class _Ladder:
         self.checks += checks
 
     def vision_checks(
-        self, step: str, expected: dict[str, NDArray[np.float32]], threads: int | None, judged_by: str | None
+        self,
+        step: str,
+        found: Mapping[str, NDArray[np.float32]],
+        expected: Mapping[str, NDArray[np.float32]],
+        judged_by: str | None,
     ) -> list[Check]:
-        """Compare the tower layer by layer, to tell where features part, and what methods choose by an image."""
+        """Compare the tower layer by layer, to tell where features part, and what methods make of features."""
         tolerance = load_tolerances(judged_by or self._dtype)["image_features"]
-        found = VisionTaps(self._bundle, list(expected), threads=threads)(self._probe.pixel_values)
         return [
-            compare_indices(f"kept tokens, {name}", found[name], values, step=step, graph=_VISION)
-            if name.startswith(STAGES) and name.endswith(".index")
-            else compare_tensors(
+            compare_tensors(
                 name,
                 found[name],
                 values,
@@ -292,6 +335,17 @@ class _Ladder:
                 layer=int(name.rpartition("layers.")[2]) if "layers." in name else None,
             )
             for name, values in expected.items()
+        ]
+
+    def stage_checks(self, step: str, reference: "_Reference", judged_by: str | None) -> list[Check]:
+        """Judge what methods chose by an image; where something is quantized, scores are not near enough to."""
+        tolerance = load_tolerances(judged_by or self._dtype)["scores"]
+        if not reference.kept or tolerance.norm is not None:
+            return []
+        choices = reference.open().stage_choices(self._probe.pixel_values, reference.kept)
+        return [
+            compare_kept(f"kept tokens, {name}", kept_BM, choices[name].score_BN, tolerance, step=step, graph=_VISION)
+            for name, kept_BM in reference.kept.items()
         ]
 
 

@@ -65,6 +65,13 @@ class TorchSession(Session):
         """Keep these tokens, (B, M) by the layers of bottlenecks, of the next images, whatever would be chosen."""
         self._followed = list(kept_tokens)
 
+    def follow_stages(self, kept_tokens: Mapping[str, NDArray[np.int64]]) -> None:
+        """Keep these tokens, (B, M) by the names of choosers, of the next B images, whatever would be chosen."""
+        for name, kept_BM in kept_tokens.items():
+            index_BM = torch.from_numpy(kept_BM).to(self._device)
+            chooser = self._modules["vision_encoder"].get_submodule(name)
+            chooser.register_forward_hook(lambda _module, _inputs, _output, index_BM=index_BM: index_BM)
+
     @torch.inference_mode()
     def encode_images(self, pixel_values: NDArray[np.float32]) -> Array:
         return _to_numpy(self._modules["vision_encoder"](self._tensor(pixel_values)))

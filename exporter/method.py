@@ -8,7 +8,7 @@ import contextlib
 import itertools
 import sys
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import MISSING, dataclass, fields, replace
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self, get_args, get_origin, get_type_hints
 
@@ -176,6 +176,11 @@ class Method(ABC):
             with contextlib.suppress(RecipeError):
                 changed = replace(self, **{"keep": count})
                 yield changed.plan(spec, arriving), changed
+
+
+def chooser_names(methods: Iterable[Method]) -> tuple[str, ...]:
+    """Return the modules of the vision encoder that say which tokens stay."""
+    return tuple(f"{stage_name(method.name)}.{method.chooser}" for method in methods if method.chooser)
 
 
 def list_methods() -> list[str]:

@@ -12,8 +12,10 @@ import torch
 
 from tests.conftest import IMAGE_SIZE, adsc, recipe_for
 from tests.engines.conftest import with_checksums_of_today
+from tokexport.engines import parity
 from tokexport.engines.backend import Session, SessionOptions, load_backend
 from tokexport.engines.build import verify_artefact
+from tokexport.engines.compare import Tolerance, load_tolerances
 from tokexport.engines.generate import IMAGE, Conversation
 from tokexport.engines.parity import verify
 from tokexport.engines.source import source_design
@@ -22,6 +24,7 @@ from tokexport.errors import InputError
 from tokexport.exporter.bundle import Bundle
 from tokexport.exporter.compressor_file import save_compressor
 from tokexport.exporter.graph_io import GraphName
+from tokexport.exporter.method import chooser_names, load_methods
 from tokexport.exporter.methods.relevance import Relevance
 from tokexport.recipes.schema import QuantizeTable, Recipe
 
@@ -122,6 +125,49 @@ def test_near_ties_pass_and_are_followed(nearly_tied: Bundle):
     notes = [check.note for check in found.checks if check.name.startswith("kept tokens, image")]
     assert len(notes) == 4
     assert all("near-ties among 6 tokens" in note for note in notes)
+
+
+@pytest.mark.parametrize("step", [VISIONZIP, PRUMERGE, VSCAN], ids=["visionzip", "prumerge", "vscan"])
+def test_what_the_vision_encoder_keeps_is_followed_and_judged_by_scores(
+    checkpoint: Path, exported: Export, copied: Copy, step: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+):
+    bundle = keeping_the_lowest(copied(exported(recipe_for(checkpoint, step))), "vision_encoder")
+    broken = [check for check in verify(bundle, "ort-portable", OPTIONS).checks if not check.passed]
+    assert [check.name for check in broken] == [f"kept tokens, stages.{step['method']}.top"]
+    assert broken[0].note.endswith("kept against their scores, or not in order")
+
+    def loose(name: str) -> dict[str, Tolerance]:
+        tolerances = load_tolerances(name)
+        return {**tolerances, "scores": replace(tolerances["scores"], relative=10.0)}
+
+    monkeypatch.setattr(parity, "load_tolerances", loose)
+    found = verify(bundle, "ort-portable", OPTIONS)
+    assert found.first_failure is None
+    assert any("near-ties" in check.note for check in found.checks if check.name == broken[0].name)
+
+
+@pytest.mark.parametrize("step", [VISIONZIP, DIVPRUNE], ids=["visionzip", "divprune"])
+def test_the_reference_keeps_of_an_image_what_it_is_told_to(checkpoint: Path, exported: Export, step: dict[str, Any]):
+    session = TorchSession(source_design(exported(recipe_for(checkpoint, step)), OPTIONS.source), OPTIONS)
+    pixels = np.random.default_rng(0).standard_normal((1, 3, IMAGE_SIZE, IMAGE_SIZE)).astype(np.float32)
+    (name,) = chooser_names(load_methods(recipe_for(checkpoint, step).compress))
+    chosen, features = session.vision_layer_outputs(pixels)[name].astype(np.int64), session.encode_images(pixels)
+    others = np.setdiff1d(np.arange(16), chosen)[None, : chosen.shape[1]]
+    session.follow_stages({name: others})
+    assert session.vision_layer_outputs(pixels)[name].tolist() == others.tolist()
+    assert not np.array_equal(session.encode_images(pixels), features)
+    assert session.stage_choices(pixels, {name: others})[name].kept_BM.tolist() == others.tolist()
+
+
+@pytest.mark.parametrize("step", [VISIONZIP, DIVPRUNE], ids=["visionzip", "divprune"])
+@pytest.mark.parametrize("bits", ["int8", "int4"])
+def test_choices_of_a_rounded_vision_encoder_are_followed(
+    checkpoint: Path, exported: Export, step: dict[str, Any], bits: Any
+):
+    quantize = replace(QuantizeTable.for_bits(bits), block_size=16)
+    found = verify(exported(replace(recipe_for(checkpoint, step), quantize=quantize)), "ort", OPTIONS)
+    assert found.first_failure is None
+    assert not [check for check in found.checks if check.name.startswith("kept tokens")]
 
 
 @pytest.mark.parametrize("bits", ["int8", "int4"])
