@@ -76,6 +76,26 @@ def _learning_options(*, steps: int, learning_rate: float | None, suits: str) ->
     )
 
 
+_lora_options = with_options(
+    click.option("--rank", default=16, show_default=True, type=click.IntRange(min=1), help="Of the LoRA matrices."),
+    click.option(
+        "--optimizer",
+        type=click.Choice(["adamw", "muon"]),
+        default="adamw",
+        show_default=True,
+        help="Muon orthogonalises the updates of matrices.",
+    ),
+    click.option(
+        "--seed",
+        default=0,
+        show_default=True,
+        type=click.IntRange(min=0),
+        help="Of the LoRA matrices and of made scenes.",
+    ),
+    click.option("--start", metavar="ADAPTER", help="Go on from an adapter, such as that of a milder recipe."),
+)
+
+
 @train.command()
 @recipe_options
 @_learning_options(steps=600, learning_rate=1e-3, suits="; 2e-4 suits a 7B model")
@@ -86,48 +106,19 @@ def _learning_options(*, steps: int, learning_rate: float | None, suits: str) ->
     show_default=True,
     help="In which order the bottlenecks narrow.",
 )
-@click.option("--rank", default=16, show_default=True, type=click.IntRange(min=1), help="Of the LoRA matrices.")
-@click.option(
-    "--optimizer",
-    type=click.Choice(["adamw", "muon"]),
-    default="adamw",
-    show_default=True,
-    help="Muon orthogonalises the updates of matrices.",
-)
-@click.option(
-    "--seed", default=0, show_default=True, type=click.IntRange(min=0), help="Of the LoRA matrices and of made scenes."
-)
-@click.option("--start", metavar="ADAPTER", help="Go on from an adapter, such as that of a milder recipe.")
+@_lora_options
 @output_options
-def adsc(
-    curriculum: Any,
-    rank: int,
-    optimizer: Any,
-    seed: int,
-    start: str | None,
-    gradient_checkpointing: bool,
-    as_json: bool,
-    quiet: bool,
-    **options: Any,
-) -> None:
+def adsc(curriculum: Any, as_json: bool, quiet: bool, **options: Any) -> None:
     """Tune a model to its ADSC bottlenecks with LoRA; the adapter goes into a recipe or --adapter."""
     from tokexport.training.adsc import Tuning, tune
 
     _refuse_useless(options, "adapter", "dtype", "quantize")
-    tuning = Tuning(
-        schedule=_schedule(options, optimizer=optimizer),
-        curriculum=curriculum,
-        rank=rank,
-        gradient_checkpointing=gradient_checkpointing,
-        seed=seed,
-        start=start,
-    )
+    tuning = Tuning(curriculum=curriculum, **_lora(options))
     terminal = Terminal(quiet=quiet)
-    made, material, out = _task(options, seed)
+    made, material, out = _task(options, options["seed"])
     with terminal.working():
         adapter = tune(made, material, tuning, out, listener=_listener(terminal))
-    terminal.show(f"the adapter is in {adapter}; build with it: --recipe {made.recipe.name} --adapter {adapter}")
-    _report(as_json, adapter=str(adapter))
+    _report_adapter(terminal, made, adapter, as_json=as_json)
 
 
 @train.command()
@@ -227,6 +218,39 @@ def relevance(
     terminal.show(f"of the labels of other conversations, the tokens kept hold: {shares}")
     terminal.show(f"the network is {path}; build with it: --recipe {made.recipe.name} --compressor {path}")
     _report(as_json, compressor=str(path), kept=kept)
+
+
+@train.command()
+@recipe_options
+@_learning_options(steps=600, learning_rate=1e-3, suits="; 2e-4 suits a 7B model")
+@_lora_options
+@output_options
+def relevance_adapter(as_json: bool, quiet: bool, **options: Any) -> None:
+    """Tune a model to what its relevance compressor keeps with LoRA; the adapter goes into a recipe or --adapter.
+
+    The network has to be trained before, see 'tokexport train relevance'.
+    """
+    from tokexport.training.lora import LoraTuning
+    from tokexport.training.relevance_adapter import tune_behind_relevance
+
+    _refuse_useless(options, "adapter", "dtype", "quantize")
+    tuning = LoraTuning(**_lora(options))
+    terminal = Terminal(quiet=quiet)
+    made, material, out = _task(options, options["seed"])
+    with terminal.working():
+        adapter = tune_behind_relevance(made, material, tuning, out, listener=_listener(terminal))
+    _report_adapter(terminal, made, adapter, as_json=as_json)
+
+
+def _lora(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the arguments of a ``LoraTuning``."""
+    names = ("rank", "gradient_checkpointing", "seed", "start")
+    return {"schedule": _schedule(options, optimizer=options["optimizer"]), **{name: options[name] for name in names}}
+
+
+def _report_adapter(terminal: Terminal, made: "Design", adapter: Path, *, as_json: bool) -> None:
+    terminal.show(f"the adapter is in {adapter}; build with it: --recipe {made.recipe.name} --adapter {adapter}")
+    _report(as_json, adapter=str(adapter))
 
 
 def _refuse_useless(options: Mapping[str, Any], *names: str) -> None:

@@ -7,9 +7,9 @@ B conversations, I images, T tokens of the longest, U tokens that stay, N vision
 D width, E head width, A tokens that are answers, W vocabulary
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -22,12 +22,47 @@ NO_LABEL = -100
 """Stands in the labels where a token is not learned; the value that PyTorch's cross entropy leaves out."""
 
 
+@dataclass(frozen=True)
+class Arriving:
+    """What comes to a bottleneck.
+
+    Attributes:
+        layer: the decoder layer behind it, of ``transformers``.
+        hidden_BTD: what enters it.
+        angles: cosines and sines of its rotary positions, (B, T, E) each.
+        is_image_BT: where the tokens of images are.
+        target_BT: what each token is to say, ``NO_LABEL`` where nothing is learned.
+    """
+
+    layer: Any
+    hidden_BTD: Tensor
+    angles: tuple[Tensor, Tensor]
+    is_image_BT: Tensor
+    target_BT: Tensor
+
+
+class Thinning(Protocol):
+    """Which of the vision tokens that arrive before a layer stay, and their positions."""
+
+    @property
+    def positions(self) -> PositionPolicy:
+        """Whether they keep their rotary positions or are numbered anew."""
+        ...
+
+    def choose(self, arriving: Arriving) -> Tensor:
+        """Return (M,), the same of every image, or (I, M) of each; ascending."""
+        ...
+
+
 @dataclass(frozen=True, kw_only=True)
-class Thinning:
-    """Which of the vision tokens that arrive before a layer stay, ascending, and their positions."""
+class ConstantThinning:
+    """The same tokens of every image."""
 
     index: tuple[int, ...]
     positions: PositionPolicy = "keep"
+
+    def choose(self, arriving: Arriving) -> Tensor:
+        return torch.tensor(self.index, device=arriving.is_image_BT.device)
 
 
 class CompressedLlava(nn.Module):
@@ -122,7 +157,8 @@ class CompressedLlava(nn.Module):
         for index, layer in enumerate(text.layers):
             thinning = self.thinnings.get(index)
             if thinning is not None:
-                stay_BU = kept_places(is_image_BT, thinning.index)
+                arriving = Arriving(layer, hidden_BTD, angles, is_image_BT, target_BT)
+                stay_BU = kept_places(is_image_BT, thinning.choose(arriving))
                 # A row's padding repeats its first token, which may be the image's.
                 is_image_BT = is_image_BT.gather(1, stay_BU.clamp(min=0)) & (stay_BU >= 0)
                 target_BT = target_BT.gather(1, stay_BU.clamp(min=0)).masked_fill(stay_BU < 0, NO_LABEL)
@@ -154,22 +190,23 @@ def share_right(logits_AW: Tensor, target_A: Tensor) -> Tensor:
     return (logits_AW.argmax(-1) == target_A).float().mean()
 
 
-def kept_places(is_image_BT: Tensor, index: Sequence[int]) -> Tensor:
+def kept_places(is_image_BT: Tensor, index_M: Tensor) -> Tensor:
     """Return which tokens stay behind a bottleneck, ascending, as (B, U); -1 pads a row.
 
-    All text stays, and of the image, where there is one, the tokens of ``index``.
+    All text stays, and of the image, where there is one, the tokens of ``index_M``: (M,) the same of every image, or
+    (I, M) of each.
     """
     rows: list[Tensor] = []
-    index_M = torch.tensor(index, device=is_image_BT.device)
     num_tokens = is_image_BT.shape[1]
     places_T = torch.arange(num_tokens, device=is_image_BT.device)
+    index_IM = iter(index_M.expand(len(is_image_BT), -1) if index_M.ndim == 1 else index_M)
     for is_image_T in is_image_BT:
         image_N = is_image_T.nonzero()[:, 0]
         if not len(image_N):
             rows.append(places_T)
             continue
         first, last = int(image_N[0]), int(image_N[-1])
-        rows.append(torch.cat((places_T[:first], first + index_M, places_T[last + 1 :])))
+        rows.append(torch.cat((places_T[:first], first + next(index_IM), places_T[last + 1 :])))
     return nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=-1)
 
 

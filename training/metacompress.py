@@ -23,7 +23,7 @@ from tokexport.exporter.methods.adsc import Adsc
 from tokexport.exporter.methods.metacompress import MetaCompress
 from tokexport.exporter.modules.token_mixing import START_BETA
 from tokexport.exporter.plan import TokenPlan
-from tokexport.training.compressed import NO_LABEL, CompressedLlava, Thinning, kept_places, share_right
+from tokexport.training.compressed import NO_LABEL, CompressedLlava, ConstantThinning, kept_places, share_right
 from tokexport.training.frozen import load_llava
 from tokexport.training.loop import Listener, Schedule, attention_for, fit, make_accelerator
 from tokexport.training.tuning_data import Material
@@ -164,7 +164,7 @@ def largest_column(matrix_IMN: Tensor) -> Tensor:
 
 def shortened(input_ids: Tensor, labels: Tensor, image_token: int, count: int) -> tuple[Tensor, Tensor]:
     """Return ids and labels of conversations whose images take up ``count`` tokens, padded by labels of none."""
-    places_BU = kept_places(input_ids == image_token, range(count))
+    places_BU = kept_places(input_ids == image_token, torch.arange(count, device=input_ids.device))
     is_padding_BU = places_BU < 0
     places_BU = places_BU.clamp(min=0)
     ids_BU, labels_BU = input_ids.gather(1, places_BU), labels.gather(1, places_BU)
@@ -274,10 +274,10 @@ def compressor_of(made: Design) -> tuple[MetaCompress, TokenPlan]:
     return first, made.plans[0]
 
 
-def _thinnings_behind(made: Design) -> dict[int, Thinning]:
+def _thinnings_behind(made: Design) -> dict[int, ConstantThinning]:
     """Return what a recipe leaves out inside the language model."""
     return {
-        layer: Thinning(index=index, positions=method.positions)
+        layer: ConstantThinning(index=index, positions=method.positions)
         for method, arriving in zip(made.methods, made.plans, strict=False)
         if isinstance(method, Adsc)
         for layer, index in method.indices(made.model.spec, arriving).items()

@@ -105,7 +105,21 @@ def test_a_relevance_network_is_trained_and_built_in(run: Run, ranking: Path, ch
     assert outcome.document["kept"].keys() == {"network", "attention", "random"}
     assert "of the labels of other conversations, the tokens kept hold: network " in outcome.err
     made = ("-r", ranking, "--model", checkpoint, "--compressor", path)
-    assert run("build", *made, "-o", tmp_path / "artefact", "--no-bench", "--threads", 1).code == 0
+    tuned = run("train", "relevance-adapter", *made, *options[:4], *SHORT, "-o", tmp_path / "tuned", "--json")
+    assert (tuned.code, tuned.document) == (0, {"adapter": str(tmp_path / "tuned" / "adapter")})
+    assert "behind relevance ranking, step 1, " in tuned.err
+    adapter = ("--adapter", tuned.document["adapter"])
+    assert run("build", *made, *adapter, "-o", tmp_path / "artefact", "--no-bench", "--threads", 1).code == 0
+
+
+def test_a_model_is_not_tuned_behind_a_network_that_is_yet_to_be_trained(
+    run: Run, ranking: Path, checkpoint: Path, tmp_path: Path
+):
+    data, images = write_llava_data(tmp_path)
+    options = ("--data", data, "--images", images, *SHORT, "-o", tmp_path / "out")
+    outcome = run("train", "relevance-adapter", "-r", ranking, "--model", checkpoint, *options)
+    assert outcome.code == 1
+    assert outcome.error.startswith("there are no compressor weights made later")
 
 
 @pytest.mark.parametrize(

@@ -24,10 +24,11 @@ from tokexport.exporter.checkpoint import describe_model, open_weights
 from tokexport.exporter.export import Design, design
 from tokexport.exporter.methods.adsc import Adsc
 from tokexport.recipes.load import load_recipe, override
-from tokexport.training.adsc import Curriculum, Tuning, curriculum, eased, stage_at, tune
+from tokexport.training.adsc import Curriculum, Tuning, curriculum, eased, tune
 from tokexport.training.compressed import NO_LABEL, CompressedLlava
 from tokexport.training.frozen import load_llava, without_adapter
 from tokexport.training.loop import LOG_FILE, Listener, Schedule
+from tokexport.training.lora import stage_at
 from tokexport.training.tuning_data import Material, llava_material, made_material
 
 QUERY = "model.language_model.layers.0.self_attn.q_proj.weight"

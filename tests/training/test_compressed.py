@@ -18,10 +18,10 @@ from tokexport.engines.torch_session import TorchSession
 from tokexport.exporter.export import Design, design
 from tokexport.exporter.methods.adsc import Adsc
 from tokexport.exporter.plan import TokenPlan
-from tokexport.training.compressed import NO_LABEL, CompressedLlava, Thinning, kept_places
+from tokexport.training.compressed import NO_LABEL, CompressedLlava, ConstantThinning, kept_places
 
 IMAGE_TOKEN, PAD = 4, 3
-STRIDE = {1: Thinning(index=(0, 2, 4, 6, 8, 10, 12, 14)), 3: Thinning(index=(0, 2, 4, 6))}
+STRIDE = {1: ConstantThinning(index=(0, 2, 4, 6, 8, 10, 12, 14)), 3: ConstantThinning(index=(0, 2, 4, 6))}
 
 
 @pytest.fixture(params=["sdpa", "eager"])
@@ -61,11 +61,11 @@ def answered(
     return loss, figures["right"], logits[0]
 
 
-def thinnings_of(made: Design) -> dict[int, Thinning]:
+def thinnings_of(made: Design) -> dict[int, ConstantThinning]:
     method = made.methods[0]
     assert isinstance(method, Adsc)
     indices = method.indices(made.model.spec, made.plans[0])
-    return {layer: Thinning(index=index, positions=method.positions) for layer, index in indices.items()}
+    return {layer: ConstantThinning(index=index, positions=method.positions) for layer, index in indices.items()}
 
 
 def test_without_thinnings_it_is_the_model_of_transformers(llava: LlavaForConditionalGeneration):
@@ -122,12 +122,14 @@ def test_with_thinnings_it_is_the_exported_decoder(
     "thinnings",
     [
         {},
-        {**STRIDE, 3: Thinning(index=(1, 3, 5, 7))},
-        {layer: Thinning(index=thinning.index, positions="renumber") for layer, thinning in STRIDE.items()},
+        {**STRIDE, 3: ConstantThinning(index=(1, 3, 5, 7))},
+        {layer: ConstantThinning(index=thinning.index, positions="renumber") for layer, thinning in STRIDE.items()},
     ],
     ids=["none", "another index", "other positions"],
 )
-def test_other_thinnings_say_something_else(llava: LlavaForConditionalGeneration, thinnings: dict[int, Thinning]):
+def test_other_thinnings_say_something_else(
+    llava: LlavaForConditionalGeneration, thinnings: dict[int, ConstantThinning]
+):
     ids_1T = with_image(words(3), words(9)).unsqueeze(0)
     arguments = (pixels(1), ids_1T, labels_behind(ids_1T, 20))
     expected, found = (answered(CompressedLlava(llava, taken), *arguments)[2] for taken in (STRIDE, thinnings))
@@ -145,7 +147,7 @@ def test_rows_of_a_batch_do_not_touch_each_other(llava: LlavaForConditionalGener
     labels = [labels_behind(ids_T, len(ids_T) - 3) for ids_T in rows]
     images = pixels(3)
     of_row = [images[:1], images[:0], images[1:2], images[2:]]
-    thinnings = {layer: Thinning(index=found.index, positions=positions) for layer, found in STRIDE.items()}
+    thinnings = {layer: ConstantThinning(index=found.index, positions=positions) for layer, found in STRIDE.items()}
     model = CompressedLlava(llava, thinnings)
     alone = [
         answered(model, seen, ids_T[None], labels_T[None])[2]
@@ -170,7 +172,7 @@ def test_an_image_read_in_part_is_one_thinned_before_the_first_layer(llava: Llav
     before, after = words(3, 1), words(9, 2)
     whole_1T = with_image(before, after).unsqueeze(0)
     index = (0, 3, 7, NUM_VISION_TOKENS - 1)
-    thinned = CompressedLlava(llava, {0: Thinning(index=index)})
+    thinned = CompressedLlava(llava, {0: ConstantThinning(index=index)})
     expected = answered(thinned, pixels(1), whole_1T, labels_behind(whole_1T, NUM_VISION_TOKENS + 5))
     part_1T = torch.tensor([[*before, *[IMAGE_TOKEN] * len(index), *after]])
     labels_1T = labels_behind(part_1T, len(index) + 5)
@@ -252,4 +254,4 @@ def test_the_thinnings_can_be_changed_between_two_calls(llava: LlavaForCondition
 )
 def test_text_and_the_tokens_of_the_index_stay(tokens: list[str], index: tuple[int, ...], expected: list[list[int]]):
     is_image_BT = torch.tensor([[token == "#" for token in row] for row in tokens])
-    assert kept_places(is_image_BT, index).tolist() == expected
+    assert kept_places(is_image_BT, torch.tensor(index)).tolist() == expected

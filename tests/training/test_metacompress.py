@@ -19,7 +19,7 @@ from tokexport.errors import RecipeError, TrainingError
 from tokexport.exporter.export import Design, design
 from tokexport.exporter.modules.token_mixing import MetaCompressor
 from tokexport.exporter.windows import Windows
-from tokexport.training.compressed import NO_LABEL, CompressedLlava, Thinning
+from tokexport.training.compressed import NO_LABEL, CompressedLlava, ConstantThinning
 from tokexport.training.loop import Schedule
 from tokexport.training.metacompress import (
     Distillation,
@@ -44,7 +44,7 @@ def compressor(score_width: int = 8) -> MetaCompressor:
 
 
 def distiller(
-    llava: LlavaForConditionalGeneration, thinnings: dict[int, Thinning] | None = None, **weights: float
+    llava: LlavaForConditionalGeneration, thinnings: dict[int, ConstantThinning] | None = None, **weights: float
 ) -> Distiller:
     llava.requires_grad_(False)
     return Distiller(
@@ -104,7 +104,7 @@ def test_the_divergence_is_that_of_answers_from_all_and_from_mixed_features(
 
 
 def test_nothing_but_the_compressor_learns(llava: LlavaForConditionalGeneration, batch: dict[str, Tensor]):
-    model = distiller(llava, {2: Thinning(index=(0, 3))})
+    model = distiller(llava, {2: ConstantThinning(index=(0, 3))})
     model(**batch)[0].backward()
     reached = {name for name, parameter in model.named_parameters() if parameter.grad is not None}
     assert reached == {f"matrix.{name}" for name in ("query_DC", "key_DC", "beta_C")}
