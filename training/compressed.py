@@ -76,7 +76,7 @@ class CompressedLlava(nn.Module):
     def __init__(self, llava: LlavaForConditionalGeneration, thinnings: Mapping[int, Thinning]) -> None:
         super().__init__()
         self.llava = llava
-        self.thinnings = dict(thinnings)
+        self.thinnings: Mapping[int, Thinning] = thinnings
 
     def forward(
         self, pixel_values: Tensor, input_ids: Tensor, labels: Tensor, read: Tensor | None = None
