@@ -94,13 +94,17 @@ def compare(
 
 def _parts(given: str | None) -> tuple[str, ...]:
     """Return what stands between the commas of a list."""
-    return tuple(one.strip() for one in given.split(",")) if given is not None else ()
+    parts = tuple(one.strip() for one in given.split(",")) if given is not None else ()
+    if not all(parts):
+        raise click.BadParameter(f"{given!r} has nothing before or behind a comma; leave the comma out")
+    return parts
 
 
 def _budgets(given: str | None) -> tuple[int, ...]:
     """Return the whole numbers of a list with commas."""
+    parts = _parts(given)
     try:
-        return tuple(int(one) for one in _parts(given))
+        return tuple(int(one) for one in parts)
     except ValueError:
         raise click.BadParameter(f"{given!r} is no list of whole numbers, e.g. 192,128,64") from None
 

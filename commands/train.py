@@ -118,7 +118,7 @@ def adsc(curriculum: Any, as_json: bool, quiet: bool, **options: Any) -> None:
     made, material, out = _task(options, options["seed"])
     with terminal.working():
         adapter = tune(made, material, tuning, out, listener=_listener(terminal))
-    _report_adapter(terminal, made, adapter, as_json=as_json)
+    _report_adapter(terminal, f"--recipe {made.recipe.name}", adapter, as_json=as_json)
 
 
 @train.command()
@@ -239,7 +239,9 @@ def relevance_adapter(as_json: bool, quiet: bool, **options: Any) -> None:
     made, material, out = _task(options, options["seed"])
     with terminal.working():
         adapter = tune_behind_relevance(made, material, tuning, out, listener=_listener(terminal))
-    _report_adapter(terminal, made, adapter, as_json=as_json)
+    compressor = options["compressor"]
+    built = f"--recipe {made.recipe.name}" + (f" --compressor {compressor}" if compressor else "")
+    _report_adapter(terminal, built, adapter, as_json=as_json)
 
 
 def _lora(options: Mapping[str, Any]) -> dict[str, Any]:
@@ -248,8 +250,8 @@ def _lora(options: Mapping[str, Any]) -> dict[str, Any]:
     return {"schedule": _schedule(options, optimizer=options["optimizer"]), **{name: options[name] for name in names}}
 
 
-def _report_adapter(terminal: Terminal, made: "Design", adapter: Path, *, as_json: bool) -> None:
-    terminal.show(f"the adapter is in {adapter}; build with it: --recipe {made.recipe.name} --adapter {adapter}")
+def _report_adapter(terminal: Terminal, recipe: str, adapter: Path, *, as_json: bool) -> None:
+    terminal.show(f"the adapter is in {adapter}; build with it: {recipe} --adapter {adapter}")
     _report(as_json, adapter=str(adapter))
 
 

@@ -87,6 +87,7 @@ def kept_agreement(
         pixel_values = processor.pixels([dialogue.image])
         if taps is not None:
             kept = {name: index_BM.astype(np.int64) for name, index_BM in taps(pixel_values).items()}
+            reference.follow_stages(kept)
             in_vision.add(kept, reference.stage_choices(pixel_values, kept))
         if engine is not None:
             prompt = Dialogue.start(processor).ask(dialogue.turns[0].question, 1)

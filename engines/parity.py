@@ -31,7 +31,7 @@ import onnx_ir as ir
 import torch
 from numpy.typing import NDArray
 
-from tokexport.engines.backend import Session, SessionOptions, load_backend
+from tokexport.engines.backend import Choice, Session, SessionOptions, load_backend
 from tokexport.engines.backends.transformers import TransformersSession
 from tokexport.engines.compare import (
     Check,
@@ -143,20 +143,20 @@ def verify(
     ladder.climb("transformers vs reference", TorchSession(full, options), expected)
 
     progress("our modules, compressed")
-    reference, step = TorchSession(made, options), "reference vs ort-portable"
-    expected, outputs = record(reference, probe), reference.vision_layer_outputs(probe.pixel_values)
     quantize, choosers = made.recipe.quantize, chooser_names(made.methods)
+    ours, step = TorchSession(made, options), "reference vs ort-portable"
+    expected, outputs = record(ours, probe), ours.vision_layer_outputs(probe.pixel_values)
+    del ours
     if quantize.is_active:
         progress("our modules, quantized")
-        del reference
         quantized = TorchSession(made, options, is_quantized=True)
-        before, outputs = outputs, quantized.vision_layer_outputs(probe.pixel_values)
+        exact, outputs = outputs, quantized.vision_layer_outputs(probe.pixel_values)
         lost = "int4" if "int4" in (quantize.vision_encoder, quantize.decoder) else "int8"
-        reference = _Reference(made, options, _kept(outputs, choosers))
-        if not reference.keeps(before):
-            expected = record(reference.open(), probe, expected.answers)
+        following = _Following(made, options, _kept(outputs, choosers))
+        if not following.keeps_as(exact):
+            expected = record(following.open(), probe, expected.answers)
         expected = ladder.climb(
-            "reference vs quantized reference", quantized, expected, judged_by=lost, following=reference.open
+            "reference vs quantized reference", quantized, expected, judged_by=lost, following=following.open
         )
         step = "quantized reference vs ort-portable"
         del quantized
@@ -165,25 +165,28 @@ def verify(
     matrices = {quantize.vision_encoder, quantize.decoder} - {"none"}
     judged_by = "bytes" if "int8" in matrices else None
     found = VisionTaps(bundle, list(outputs), threads=options.threads)(probe.pixel_values)
-    reference = _Reference(made, options, _kept(found, choosers), is_quantized=quantize.is_active)
-    if not reference.keeps(outputs):
-        session = reference.open()
-        expected, outputs = record(session, probe, expected.answers), session.vision_layer_outputs(probe.pixel_values)
-        del session
+    following = _Following(made, options, _kept(found, choosers), is_quantized=quantize.is_active)
+    chosen: Mapping[str, Choice] = {}
+    if choosers:
+        judge = following.open()
+        chosen = judge.stage_choices(probe.pixel_values, following.kept)
+        if not following.keeps_as(outputs):
+            expected, outputs = record(judge, probe, expected.answers), judge.vision_layer_outputs(probe.pixel_values)
+        del judge
     graph_checks = [
         *_index_checks(step, bundle, made),
         *_rounding_checks(step, bundle, made),
         *ladder.vision_checks(step, found, _without(choosers, outputs), judged_by),
-        *ladder.stage_checks(step, reference, judged_by),
+        *ladder.stage_checks(step, following.kept, chosen, "bytes" if quantize.vision_encoder == "int8" else None),
     ]
     portable = load_backend("ort-portable").open(bundle, options)
-    expected = ladder.climb(step, portable, expected, graph_checks, judged_by=judged_by, following=reference.open)
+    expected = ladder.climb(step, portable, expected, graph_checks, judged_by=judged_by, following=following.open)
     engine = load_backend(backend)
     if backend != "ort-portable":
         progress(backend)
         judged_by = "bytes" if matrices else None
         session = engine.open(bundle, options)
-        ladder.climb(_last_step(backend), session, expected, judged_by=judged_by, following=reference.open)
+        ladder.climb(_last_step(backend), session, expected, judged_by=judged_by, following=following.open)
     seconds = time.perf_counter() - started
     return Verification(tuple(ladder.checks), made.recipe.export.dtype, backend, seconds, ladder.written)
 
@@ -210,11 +213,14 @@ def require_provable(backend: str, dtype: str) -> None:
 
 
 @dataclass(frozen=True)
-class _Reference:
-    """Our modules, made to keep the vision tokens that another side kept.
+class _Following:
+    """Our modules, made to keep what another side's vision encoder kept.
 
     Attributes:
-        kept: of the vision encoder, (B, M) by the names of choosers.
+        made: the design.
+        options: room and threads.
+        kept: (B, M) by the names of choosers.
+        is_quantized: whether they round what the recipe quantizes.
     """
 
     made: Design
@@ -223,12 +229,13 @@ class _Reference:
     is_quantized: bool = False
 
     def open(self) -> TorchSession:
+        """Return a session; what its bottlenecks keep is not followed yet."""
         session = TorchSession(self.made, self.options, is_quantized=self.is_quantized)
         session.follow_stages(self.kept)
         return session
 
-    def keeps(self, outputs: Mapping[str, NDArray[np.float32]]) -> bool:
-        """Return whether the vision encoder kept the same where it computed these outputs."""
+    def keeps_as(self, outputs: Mapping[str, NDArray[np.float32]]) -> bool:
+        """Return whether the vision encoder that computed these outputs kept the same."""
         return all(np.array_equal(outputs[name], kept_BM) for name, kept_BM in self.kept.items())
 
 
@@ -337,15 +344,21 @@ class _Ladder:
             for name, values in expected.items()
         ]
 
-    def stage_checks(self, step: str, reference: "_Reference", judged_by: str | None) -> list[Check]:
-        """Judge what methods chose by an image; where something is quantized, scores are not near enough to."""
+    def stage_checks(
+        self,
+        step: str,
+        kept_tokens: Mapping[str, NDArray[np.int64]],
+        choices: Mapping[str, Choice],
+        judged_by: str | None,
+    ) -> list[Check]:
+        """Judge what the vision encoder kept by the scores of the reference, by the names of choosers."""
         tolerance = load_tolerances(judged_by or self._dtype)["scores"]
-        if not reference.kept or tolerance.norm is not None:
-            return []
-        choices = reference.open().stage_choices(self._probe.pixel_values, reference.kept)
+        if tolerance.norm is not None:
+            # How far all scores are off together; no single one is known to be off by more than so much of the largest.
+            tolerance = replace(tolerance, norm=None, relative=tolerance.norm)
         return [
             compare_kept(f"kept tokens, {name}", kept_BM, choices[name].score_BN, tolerance, step=step, graph=_VISION)
-            for name, kept_BM in reference.kept.items()
+            for name, kept_BM in kept_tokens.items()
         ]
 
 

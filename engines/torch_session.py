@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from tokexport.engines.backend import Array, Choice, DecoderStep, Device, Session, SessionOptions
 from tokexport.engines.environment import available_cores
@@ -51,6 +52,7 @@ class TorchSession(Session):
         self._dtype, self._device = getattr(torch, made.recipe.export.dtype), torch.device(device)
         self._tapped = made.model.family.vision_layers
         self._choosing = made.choosing_layers
+        self._stage_hooks: list[RemovableHandle] = []
         self._followed: list[Mapping[int, NDArray[np.int64]]] = []
         self._modules = _loaded_modules(made, weights, self._dtype, self._device)
         if is_quantized:
@@ -66,11 +68,19 @@ class TorchSession(Session):
         self._followed = list(kept_tokens)
 
     def follow_stages(self, kept_tokens: Mapping[str, NDArray[np.int64]]) -> None:
-        """Keep these tokens, (B, M) by the names of choosers, of the next B images, whatever would be chosen."""
-        for name, kept_BM in kept_tokens.items():
-            index_BM = torch.from_numpy(kept_BM).to(self._device)
-            chooser = self._modules["vision_encoder"].get_submodule(name)
-            chooser.register_forward_hook(lambda _module, _inputs, _output, index_BM=index_BM: index_BM)
+        """Keep these tokens, (B, M) by the names of choosers, of images from now on, B at a time.
+
+        What was to be followed before is not followed any more.
+        """
+        for hook in self._stage_hooks:
+            hook.remove()
+        indices = {name: torch.from_numpy(kept_BM).to(self._device) for name, kept_BM in kept_tokens.items()}
+        self._stage_hooks = [
+            self._modules["vision_encoder"]
+            .get_submodule(name)
+            .register_forward_hook(lambda _module, _inputs, _output, index_BM=index_BM: index_BM)
+            for name, index_BM in indices.items()
+        ]
 
     @torch.inference_mode()
     def encode_images(self, pixel_values: NDArray[np.float32]) -> Array:

@@ -3,8 +3,10 @@
 Methods that merge tokens start from averages over windows, and the windows alone say how many tokens come out.
 """
 
+import functools
 import math
 from abc import ABC
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from itertools import product
 from typing import Self
@@ -62,7 +64,8 @@ class Windowed(Method, ABC):
     """A method before the language model with one token for each window.
 
     Attributes:
-        keep: a token count (int) or a fraction (float), for which kernel and stride are found; or else give both.
+        keep: a token count (int) or a fraction (float), for which kernel and stride are found; or else give both. For
+            a fraction of a grid, windows that overlap less are taken where their count is within 5 % of it.
         kernel: tokens that a window covers, along each axis.
         stride: tokens from one window to the next, along each axis.
         pattern: ``stride`` lays windows along the row-major sequence, ``grid`` along rows and columns.
@@ -101,13 +104,14 @@ class Windowed(Method, ABC):
             raise RecipeError(
                 f"{where} {' and '.join(given) or 'nothing'} is given, expected either keep, or kernel and stride"
             )
-        axes = (arriving.entering_llm,) if self.pattern == "stride" else arriving.require_grid(where)
+        grid = arriving.require_grid(where) if self.pattern == "grid" else None
+        axes = grid or (arriving.entering_llm,)
         if self.kernel is not None and self.stride is not None:
             return _given(axes, self.kernel, self.stride, where)
         assert self.keep is not None
         count = resolve_keep(self.keep, arriving.entering_llm, where)
-        if self.pattern == "grid":
-            return _grid_windows(axes, count, where, may_differ=isinstance(self.keep, float))
+        if grid is not None:
+            return _grid_windows(grid, count, where, may_differ=isinstance(self.keep, float))
         return _fitted(axes, (count,))
 
 
@@ -145,22 +149,28 @@ def _fitted(axes: tuple[int, ...], kept: tuple[int, ...]) -> Windows:
     return Windows(axes, tuple(kernel for kernel, _ in found), tuple(stride for _, stride in found))
 
 
-def _grid_windows(axes: tuple[int, ...], count: int, where: str, *, may_differ: bool) -> Windows:
-    """Return the windows that make a count of tokens, the nearest to a tiling, of equals the squarest grid."""
-
-    def effort(windows: Windows) -> tuple[int, float]:
-        rows, columns = windows.kept
-        return windows.overlap, max(rows / columns, columns / rows)
-
+@functools.cache
+def _grids(axes: tuple[int, int]) -> Mapping[int, Windows]:
+    """Return, by count, the windows that make it: the nearest to a tiling, of equals the squarest grid."""
     made: dict[int, Windows] = {}
     for kept in product(*(range(1, length + 1) for length in axes)):
         windows = _fitted(axes, kept)
         if 1 < windows.count < math.prod(axes):
-            made[windows.count] = min(made.get(windows.count, windows), windows, key=effort)
+            made[windows.count] = min(made.get(windows.count, windows), windows, key=_effort)
+    return made
+
+
+def _effort(windows: Windows) -> tuple[int, float]:
+    rows, columns = windows.kept
+    return windows.overlap, max(rows / columns, columns / rows)
+
+
+def _grid_windows(axes: tuple[int, int], count: int, where: str, *, may_differ: bool) -> Windows:
+    made = _grids(axes)
     if may_differ:
         # A little off, windows that tile are worth more than an exact count of such that overlap.
         near = [number for number in made if abs(number - count) <= _MAY_DIFFER * count] or list(made)
-        count = min(near, key=lambda number: (made[number].overlap, abs(number - count), effort(made[number])))
+        count = min(near, key=lambda number: (made[number].overlap, abs(number - count), _effort(made[number])))
     if count not in made:
         raise RecipeError(
             f"{where} no kernel and stride over {axes[0]} x {axes[1]} tokens make {count}; keep "

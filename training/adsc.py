@@ -56,7 +56,7 @@ def tune(made: Design, material: Material, tuning: Tuning, folder: Path, *, list
         tuning,
         folder,
         stages=stages,
-        stage=f"adsc {made.recipe.name}",
+        run_name=f"adsc {made.recipe.name}",
         settings={
             "curriculum": tuning.curriculum,
             "bottlenecks": {layer: list(thinning.index) for layer, thinning in stages[-1].items()},

@@ -22,7 +22,7 @@ NO_LABEL = -100
 """Stands in the labels where a token is not learned; the value that PyTorch's cross entropy leaves out."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Arriving:
     """What comes to a bottleneck.
 
@@ -157,7 +157,13 @@ class CompressedLlava(nn.Module):
         for index, layer in enumerate(text.layers):
             thinning = self.thinnings.get(index)
             if thinning is not None:
-                arriving = Arriving(layer, hidden_BTD, angles, is_image_BT, target_BT)
+                arriving = Arriving(
+                    layer=layer,
+                    hidden_BTD=hidden_BTD,
+                    angles=angles,
+                    is_image_BT=is_image_BT,
+                    target_BT=target_BT,
+                )
                 stay_BU = kept_places(is_image_BT, thinning.choose(arriving))
                 # A row's padding repeats its first token, which may be the image's.
                 is_image_BT = is_image_BT.gather(1, stay_BU.clamp(min=0)) & (stay_BU >= 0)

@@ -67,7 +67,7 @@ def tune_lora(
     folder: Path,
     *,
     stages: Sequence[Mapping[int, Thinning]],
-    stage: str,
+    run_name: str,
     settings: Mapping[str, Any],
     listener: Listener | None = None,
 ) -> Path:
@@ -78,8 +78,8 @@ def tune_lora(
         material: what to learn from.
         tuning: how.
         folder: where checkpoint, log and adapter go.
-        stages: what stands before which layer, one after the other; half of the steps are of the last.
-        stage: the name of the run in the log.
+        stages: what stands before which layer, one after the other; of several, the last takes half of the steps.
+        run_name: stands in the log.
         settings: everything else that makes this run what it is.
         listener: told how it goes.
 
@@ -114,7 +114,7 @@ def tune_lora(
         material.examples,
         tuning.schedule,
         folder,
-        stage=stage,
+        stage=run_name,
         settings={
             "rank": tuning.rank,
             "seed": tuning.seed,
@@ -144,13 +144,13 @@ def _take_over(tuned: Any, made: Design, start: str) -> None:
     config: Any = PeftConfig.from_pretrained(str(directory))
     own = tuned.peft_config["default"]
     stored, filled = load_file(directory / ADAPTER_FILE), get_peft_model_state_dict(tuned, save_embedding_layers=False)
-    # A product of matrices is scaled by alpha over rank, the same in all that this command makes.
+    # A product of matrices is scaled by alpha over rank, the same in all that these trainings make.
     is_alike = config.lora_alpha * own.r == own.lora_alpha * config.r and stored.keys() == filled.keys()
     if config.r > own.r or not is_alike:
         raise TrainingError(
             f"the adapter {start} has rank and alpha {config.r, config.lora_alpha} on {len(stored) // 2} matrices, "
-            f"expected at most {own.r, own.lora_alpha} on all of the language model's; start from one made by this "
-            "command with the same --rank or a lower one, or leave --start out"
+            f"expected at most {own.r, own.lora_alpha} on all of the language model's; start from one made by "
+            "'tokexport train adsc' or 'relevance-adapter' with the same --rank or a lower one, or leave --start out"
         )
     # Of both factors: A starts at random and B at zero, so what stays of them adds nothing.
     for name, tensor in stored.items():

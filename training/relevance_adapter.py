@@ -3,8 +3,8 @@
 The paper leaves the model as it is. A model that counts by which share of the tokens shows something counts too much of
 what is kept on purpose; tuned behind the choice, it need not.
 
-B conversations, I of them with an image, T tokens, H heads, G key/value heads, E head width, N vision tokens, M kept
-ones, R rows from the image to the answer, L tokens up to the answer
+B conversations, I of them with an image, T tokens, L of them up to the answer, N vision tokens, M kept ones, D width,
+H heads, E head width
 """
 
 import hashlib
@@ -15,8 +15,11 @@ from safetensors.torch import save
 from torch import Tensor, nn
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
+from tokexport.errors import RecipeError
 from tokexport.exporter.export import Design
+from tokexport.exporter.method import UNTRAINED
 from tokexport.exporter.modules import ops
+from tokexport.exporter.modules.span_attention import attention_to_span
 from tokexport.exporter.plan import PositionPolicy
 from tokexport.training.compressed import NO_LABEL, Arriving
 from tokexport.training.loop import Listener
@@ -38,51 +41,50 @@ class RelevantThinning:
         self.positions: PositionPolicy = positions
         self._network, self._count = network.eval().requires_grad_(False), count
 
-    @torch.no_grad()
     def choose(self, arriving: Arriving) -> Tensor:
-        """Return (I, M)."""
-        if not arriving.is_image_BT.any():
-            return torch.zeros(0, self._count, dtype=torch.int64, device=arriving.is_image_BT.device)
-        attention_IN = asked_attention(arriving)
-        score_IN = self._network.to(attention_IN.device)(attention_IN)
-        return ops.top_tokens(score_IN, self._count)
+        """Return (I, M), ascending."""
+        device = arriving.hidden_BTD.device
+        # Scores in bfloat16 would tie. And weights that autocast rounds where no gradient is taken, it keeps so.
+        with torch.no_grad(), torch.autocast(device.type, enabled=False):
+            attention_IN = asked_attention(arriving)
+            if not len(attention_IN):
+                return torch.zeros(0, self._count, dtype=torch.int64, device=device)
+            # No part of what is trained, so nothing else has brought it here.
+            return ops.top_tokens(self._network.to(device)(attention_IN), self._count)
 
 
 def asked_attention(arriving: Arriving) -> Tensor:
-    """Return how much the text between an image and the first answer attends to the image, (I, N), a mean over both.
+    """Return how much the text between an image and the answer to it attends to the image, (I, N) in float32.
 
-    Rows without an image are left out, those without an answer ask with all that follows the image.
+    It is averaged over heads and these tokens. Conversations without an image are left out; of one without an answer,
+    all that follows the image asks.
     """
-    has_image_B = arriving.is_image_BT.any(1)
-    is_image_IT, is_learned_IT = arriving.is_image_BT[has_image_B], (arriving.target_BT != NO_LABEL)[has_image_B]
-    hidden_ITD = arriving.hidden_BTD[has_image_B]
-    place_T = torch.arange(is_image_IT.shape[1], device=is_image_IT.device)
-    last_image_I1 = torch.where(is_image_IT, place_T, -1).amax(1, keepdim=True)
-    # The token that says the first one of the answer is the last that asks.
-    first_I1 = torch.where(is_learned_IT & (place_T > last_image_I1), place_T, len(place_T)).amin(1, keepdim=True)
-    is_asking_IT = (place_T > last_image_I1) & (place_T <= first_I1)
-    start, end = int(last_image_I1.min()) + 1, min(len(place_T), int(first_I1.max()) + 1)
-    share_IRL = _attention(arriving, hidden_ITD[:, :end], has_image_B, start)
-    is_asking_IR1 = is_asking_IT[:, start:end].unsqueeze(-1)
-    asked_IL = (share_IRL * is_asking_IR1).sum(1) / is_asking_IR1.sum(1)
-    return asked_IL[is_image_IT[:, :end]].view(len(is_image_IT), -1)
+    found: list[Tensor] = []
+    for row, is_image_T in enumerate(arriving.is_image_BT):
+        image_N = is_image_T.nonzero()[:, 0]
+        if not len(image_N):
+            continue
+        first, behind = int(image_N[0]), int(image_N[-1]) + 1
+        # What says the first token of the answer is the last that asks.
+        said = (arriving.target_BT[row, behind:] != NO_LABEL).nonzero()[:, 0]
+        end = behind + int(said[0]) + 1 if len(said) else len(is_image_T)
+        query_1HLE, key_1HLE = _rotated(arriving, row, end)
+        found.append(attention_to_span(query_1HLE[:, :, behind:], key_1HLE, first, len(image_N)))
+    return torch.cat(found) if found else arriving.hidden_BTD.new_zeros(0, 0)
 
 
-def _attention(arriving: Arriving, hidden_ILD: Tensor, has_image_B: Tensor, start: int) -> Tensor:
-    """Return the attention of the layer's rows from ``start`` on, averaged over heads, (I, R, L)."""
-    attention, length = arriving.layer.self_attn, hidden_ILD.shape[1]
-    normed_ILD = arriving.layer.input_layernorm(hidden_ILD)
-    query_IHLE, key_IGLE = (
-        project(normed_ILD).unflatten(-1, (-1, attention.head_dim)).transpose(1, 2)
+def _rotated(arriving: Arriving, row: int, length: int) -> tuple[Tensor, Tensor]:
+    """Return queries and keys of the first ``length`` tokens of a row, as the layer behind makes them."""
+    attention = arriving.layer.self_attn
+    hidden_1LD = arriving.hidden_BTD[row : row + 1, :length].to(attention.q_proj.weight.dtype)
+    normed_1LD = arriving.layer.input_layernorm(hidden_1LD)
+    query_1HLE, key_1HLE = (
+        project(normed_1LD).unflatten(-1, (-1, attention.head_dim)).transpose(1, 2).float()
         for project in (attention.q_proj, attention.k_proj)
     )
-    cos_ILE, sin_ILE = (part.expand(len(has_image_B), -1, -1)[has_image_B][:, :length] for part in arriving.angles)
-    query_IHLE, key_IGLE = apply_rotary_pos_emb(query_IHLE, key_IGLE, cos_ILE, sin_ILE)
-    key_IHLE = key_IGLE.repeat_interleave(query_IHLE.shape[1] // key_IGLE.shape[1], dim=1)
-    score_IHRL = (query_IHLE[:, :, start:] @ key_IHLE.mT).float() * attention.scaling
-    place_L = torch.arange(length, device=score_IHRL.device)
-    is_later_RL = place_L > place_L[start:].unsqueeze(-1)
-    return score_IHRL.masked_fill(is_later_RL, -torch.inf).softmax(-1).mean(1)
+    # Angles are of every row, or one for all.
+    cos_1LE, sin_1LE = (part[row if len(part) > 1 else 0][None, :length].float() for part in arriving.angles)
+    return apply_rotary_pos_emb(query_1HLE, key_1HLE, cos_1LE, sin_1LE)
 
 
 def tune_behind_relevance(
@@ -93,11 +95,16 @@ def tune_behind_relevance(
     See ``tune_lora``.
 
     Raises:
-        RecipeError: relevance is not the recipe's only method.
+        RecipeError: relevance is not the recipe's only method, or its network is not trained.
         CheckpointError: its weights, or the adapter to start from, do not fit.
         TrainingError: see ``fit``.
     """
     method, spec = method_of(made), made.model.spec
+    if method.weights == UNTRAINED:
+        raise RecipeError(
+            f"recipe {made.recipe.name} has an untrained network, which keeps tokens at random; train one with "
+            "'tokexport train relevance' and give it with --compressor"
+        )
     learned = dict(method.learned(spec, made.plans[0]))
     network = method.network()
     network.load_state_dict(learned)
@@ -108,7 +115,7 @@ def tune_behind_relevance(
         tuning,
         folder,
         stages=({0: thinning},),
-        stage=f"behind relevance {made.recipe.name}",
+        run_name=f"behind relevance {made.recipe.name}",
         settings={
             "keep": made.plan.per_layer[0],
             "positions": method.positions,

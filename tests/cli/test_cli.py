@@ -73,9 +73,20 @@ def test_recipes_are_compared_from_a_list_with_commas_too(run: Run, tmp_path: Pa
     outcome = run("compare", "mini_adsc_64", "--recipes", "mini_adsc, mini_adsc_128", "-o", tmp_path / "out")
     assert outcome.code == 1
     assert outcome.error.startswith("0 of the recipes mini_adsc_64, mini_adsc, mini_adsc_128 are without [[compress]]")
-    nothing = run("compare", "-o", tmp_path / "out")
-    assert nothing.code == 2
-    assert "no recipe is given; give names, TOML files, or folders of them" in nothing.err
+
+
+def test_a_comparison_of_nothing_is_wrong_usage(run: Run, tmp_path: Path):
+    outcome = run("compare", "-o", tmp_path / "out")
+    assert outcome.code == 2
+    assert "no recipe is given; give names, TOML files, or folders of them" in outcome.err
+
+
+@pytest.mark.parametrize("option", ["--recipes", "--precisions", "--budgets"])
+@pytest.mark.parametrize("given", ["a,", ",a", "a,,b", ""])
+def test_a_list_with_nothing_behind_a_comma_is_wrong_usage(run: Run, tmp_path: Path, option: str, given: str):
+    outcome = run("compare", "mini_full", option, given, "-o", tmp_path / "out")
+    assert outcome.code == 2
+    assert f"{given!r} has nothing before or behind a comma; leave the comma out" in outcome.err
 
 
 def test_the_plan_of_a_smaller_image_compares_with_the_whole_one(run: Run):

@@ -108,6 +108,7 @@ def test_a_relevance_network_is_trained_and_built_in(run: Run, ranking: Path, ch
     tuned = run("train", "relevance-adapter", *made, *options[:4], *SHORT, "-o", tmp_path / "tuned", "--json")
     assert (tuned.code, tuned.document) == (0, {"adapter": str(tmp_path / "tuned" / "adapter")})
     assert "behind relevance ranking, step 1, " in tuned.err
+    assert f"build with it: --recipe ranking --compressor {path} --adapter " in tuned.err
     adapter = ("--adapter", tuned.document["adapter"])
     assert run("build", *made, *adapter, "-o", tmp_path / "artefact", "--no-bench", "--threads", 1).code == 0
 
@@ -120,6 +121,13 @@ def test_a_model_is_not_tuned_behind_a_network_that_is_yet_to_be_trained(
     outcome = run("train", "relevance-adapter", "-r", ranking, "--model", checkpoint, *options)
     assert outcome.code == 1
     assert outcome.error.startswith("there are no compressor weights made later")
+
+
+@pytest.mark.parametrize(("option", "value"), [("adapter", "mini_adsc"), ("dtype", "float16"), ("quantize", "int8")])
+def test_an_option_without_effect_on_tuning_is_refused(run: Run, ranking: Path, option: str, value: str):
+    outcome = run("train", "relevance-adapter", "-r", ranking, f"--{option}", value)
+    assert outcome.code == 1
+    assert outcome.error == f"--{option} {value} has no effect on this training; leave it out"
 
 
 @pytest.mark.parametrize(

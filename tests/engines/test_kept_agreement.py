@@ -167,7 +167,19 @@ def test_choices_of_a_rounded_vision_encoder_are_followed(
     quantize = replace(QuantizeTable.for_bits(bits), block_size=16)
     found = verify(exported(replace(recipe_for(checkpoint, step), quantize=quantize)), "ort", OPTIONS)
     assert found.first_failure is None
-    assert not [check for check in found.checks if check.name.startswith("kept tokens")]
+    judged = [check for check in found.checks if check.name.startswith("kept tokens, stages.")]
+    assert [check.step for check in judged] == ["quantized reference vs ort-portable"]
+
+
+@pytest.mark.parametrize("vision", ["int8", "none"])
+def test_a_rounded_vision_encoder_that_keeps_the_lowest_fails(
+    checkpoint: Path, exported: Export, copied: Copy, vision: Any
+):
+    quantize = replace(QuantizeTable.for_bits("int8"), vision_encoder=vision)
+    recipe = replace(recipe_for(checkpoint, VISIONZIP), quantize=quantize)
+    bundle = keeping_the_lowest(copied(exported(recipe)), "vision_encoder")
+    broken = [check for check in verify(bundle, "ort-portable", OPTIONS).checks if not check.passed]
+    assert [check.name for check in broken] == ["kept tokens, stages.visionzip.top"]
 
 
 @pytest.mark.parametrize("bits", ["int8", "int4"])

@@ -3,13 +3,20 @@
 import pytest
 
 from tests.exporter.test_methods import FULL, SPEC
-from tokexport.errors import RecipeError
+from tokexport.errors import RecipeError, nearest_numbers
 from tokexport.exporter.method import Method, load_method
 from tokexport.exporter.methods.pool import Pool
 from tokexport.exporter.plan import TokenPlan
 from tokexport.exporter.windows import Windows, fitting
 
 LARGE = TokenPlan(emitted=576, entering_llm=576, per_layer=(576,) * 4, grid=(24, 24))
+
+
+@pytest.mark.parametrize(
+    ("number", "choices", "expected"), [(5, (8, 2), "2 or 8"), (1, (4, 2), "2"), (9, (2, 4), "4"), (5, (), "")]
+)
+def test_the_nearest_numbers_are_those_on_both_sides(number: int, choices: tuple[int, ...], expected: str):
+    assert nearest_numbers(number, choices) == expected
 
 
 @pytest.mark.parametrize("length", [2, 3, 10, 24, 576])

@@ -28,7 +28,6 @@ from tokexport.training.adsc import Curriculum, Tuning, curriculum, eased, tune
 from tokexport.training.compressed import NO_LABEL, CompressedLlava
 from tokexport.training.frozen import load_llava, without_adapter
 from tokexport.training.loop import LOG_FILE, Listener, Schedule
-from tokexport.training.lora import stage_at
 from tokexport.training.tuning_data import Material, llava_material, made_material
 
 QUERY = "model.language_model.layers.0.self_attn.q_proj.weight"
@@ -134,14 +133,6 @@ def test_eased_grids_are_grids(name: str, share: float):
 
 
 @pytest.mark.parametrize(
-    ("done", "num_stages", "stage"),
-    [(0.0, 4, 0), (0.16, 4, 0), (0.17, 4, 1), (0.34, 4, 2), (0.49, 4, 2), (0.5, 4, 3), (0.99, 4, 3), (0.0, 1, 0)],
-)
-def test_the_first_half_of_the_steps_is_split_evenly_over_what_comes_before(done: float, num_stages: int, stage: int):
-    assert stage_at(done, num_stages) == stage
-
-
-@pytest.mark.parametrize(
     ("compress", "methods"),
     [
         ([], "[]"),
@@ -159,11 +150,6 @@ def test_a_recipe_without_adsc_alone_is_refused(checkpoint: Path, compress: list
     assert str(caught.value) == (
         f"recipe tiny has the methods {methods}; tuning is for ADSC alone, e.g. recipe mini_adsc"
     )
-
-
-def test_a_rank_of_none_is_refused():
-    with pytest.raises(TrainingError, match=r"^rank = 0 must be at least 1$"):
-        tuning(rank=0)
 
 
 def merged(checkpoint: Path, adapter: Path) -> torch.Tensor:

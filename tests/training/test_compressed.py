@@ -255,3 +255,9 @@ def test_the_thinnings_can_be_changed_between_two_calls(llava: LlavaForCondition
 def test_text_and_the_tokens_of_the_index_stay(tokens: list[str], index: tuple[int, ...], expected: list[list[int]]):
     is_image_BT = torch.tensor([[token == "#" for token in row] for row in tokens])
     assert kept_places(is_image_BT, torch.tensor(index)).tolist() == expected
+
+
+def test_each_image_keeps_tokens_of_its_own():
+    is_image_BT = torch.tensor([[token == "#" for token in row] for row in (".####.", "......", "####..")])
+    kept = kept_places(is_image_BT, torch.tensor([[0, 3], [1, 2]]))
+    assert kept.tolist() == [[0, 1, 4, 5, -1, -1], [0, 1, 2, 3, 4, 5], [1, 2, 4, 5, -1, -1]]
