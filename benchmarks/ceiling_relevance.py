@@ -114,7 +114,7 @@ def too_high_and_low(answers: Sequence[Answers], tokenizer: Any) -> str:
 
 
 @click.command()
-@click.option("--recipe", default="mini_relevance", show_default=True)
+@click.option("--recipe", default="benchmarks/mini/288_relevance_untuned.toml", show_default=True)
 @click.option(
     "--conversations",
     default=128,
