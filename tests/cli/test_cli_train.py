@@ -105,7 +105,8 @@ def test_a_relevance_network_is_trained_and_built_in(run: Run, ranking: Path, ch
     assert outcome.document["kept"].keys() == {"network", "attention", "random"}
     assert "of the labels of other conversations, the tokens kept hold: network " in outcome.err
     made = ("-r", ranking, "--model", checkpoint, "--compressor", path)
-    tuned = run("train", "relevance-adapter", *made, *options[:4], *SHORT, "-o", tmp_path / "tuned", "--json")
+    saving = ("--gradient-checkpointing", "--accumulate", 2)
+    tuned = run("train", "relevance-adapter", *made, *options[:4], *SHORT, *saving, "-o", tmp_path / "tuned", "--json")
     assert (tuned.code, tuned.document) == (0, {"adapter": str(tmp_path / "tuned" / "adapter")})
     assert "behind relevance ranking, step 1, " in tuned.err
     assert f"build with it: --recipe ranking --compressor {path} --adapter " in tuned.err
