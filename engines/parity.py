@@ -48,12 +48,11 @@ from tokexport.engines.graph_parts import Reduction
 from tokexport.engines.probe import NEW_TOKENS, TURNS, Probe, Transcript, make_probe, record
 from tokexport.engines.source import source_design
 from tokexport.engines.taps import VisionTaps
-from tokexport.engines.torch_session import TorchSession
+from tokexport.engines.torch_session import Follower, TorchSession
 from tokexport.errors import BackendUnavailableError
 from tokexport.exporter.bundle import Bundle, library_versions
 from tokexport.exporter.export import Design, weight_names
 from tokexport.exporter.graph_io import GRAPHS, GraphName
-from tokexport.exporter.method import chooser_names
 from tokexport.exporter.plan import TokenPlan
 from tokexport.exporter.quantization import quantized_layers
 
@@ -133,41 +132,24 @@ def verify(
     options = replace(options, max_text_tokens=num_text, max_images=sum(has_image for _, has_image, _ in TURNS))
     ladder = _Ladder(probe, made.recipe.export.dtype, bundle, repro)
 
-    full = replace(made, methods=(), plans=(TokenPlan.uncompressed(made.model.spec),))
-    progress("transformers, uncompressed")
-    truth = TransformersSession(full, options)
-    expected = record(truth, probe)
-    ladder.add([_whole_model_check(truth, probe, expected, made.recipe.export.dtype)], expected, expected)
-    del truth
-    progress("our modules, uncompressed")
-    ladder.climb("transformers vs reference", TorchSession(full, options), expected)
+    _climb_uncompressed(ladder, made, options, probe, progress)
 
     progress("our modules, compressed")
-    quantize, choosers = made.recipe.quantize, chooser_names(made.methods)
-    ours, step = TorchSession(made, options), "reference vs ort-portable"
+    quantize, ours, step = made.recipe.quantize, TorchSession(made, options), "reference vs ort-portable"
     expected, outputs = record(ours, probe), ours.vision_layer_outputs(probe.pixel_values)
     del ours
     if quantize.is_active:
         progress("our modules, quantized")
-        quantized = TorchSession(made, options, is_quantized=True)
-        exact, outputs = outputs, quantized.vision_layer_outputs(probe.pixel_values)
-        lost = "int4" if "int4" in (quantize.vision_encoder, quantize.decoder) else "int8"
-        following = _Following(made, options, _kept(outputs, choosers))
-        if not following.keeps_as(exact):
-            expected = record(following.open(), probe, expected.answers)
-        expected = ladder.climb(
-            "reference vs quantized reference", quantized, expected, judged_by=lost, following=following.open
-        )
+        expected, outputs = _climb_rounded(ladder, made, options, probe, expected, outputs)
         step = "quantized reference vs ort-portable"
-        del quantized
 
     progress("ort-portable")
     matrices = {quantize.vision_encoder, quantize.decoder} - {"none"}
     judged_by = "bytes" if "int8" in matrices else None
     found = VisionTaps(bundle, list(outputs), threads=options.threads)(probe.pixel_values)
-    following = _Following(made, options, _kept(found, choosers), is_quantized=quantize.is_active)
+    following = Follower.of(found, made, options, is_quantized=quantize.is_active)
     chosen: Mapping[str, Choice] = {}
-    if choosers:
+    if following.kept:
         judge = following.open()
         chosen = judge.stage_choices(probe.pixel_values, following.kept)
         if not following.keeps_as(outputs):
@@ -176,7 +158,7 @@ def verify(
     graph_checks = [
         *_index_checks(step, bundle, made),
         *_rounding_checks(step, bundle, made),
-        *ladder.vision_checks(step, found, _without(choosers, outputs), judged_by),
+        *ladder.vision_checks(step, found, following.without_kept(outputs), judged_by),
         *ladder.stage_checks(step, following.kept, chosen, "bytes" if quantize.vision_encoder == "int8" else None),
     ]
     portable = load_backend("ort-portable").open(bundle, options)
@@ -189,6 +171,39 @@ def verify(
         ladder.climb(_last_step(backend), session, expected, judged_by=judged_by, following=following.open)
     seconds = time.perf_counter() - started
     return Verification(tuple(ladder.checks), made.recipe.export.dtype, backend, seconds, ladder.written)
+
+
+def _climb_uncompressed(
+    ladder: "_Ladder", made: Design, options: SessionOptions, probe: Probe, progress: Progress
+) -> None:
+    """Climb from ``transformers`` to our modules, all vision tokens kept."""
+    full = replace(made, methods=(), plans=(TokenPlan.uncompressed(made.model.spec),))
+    progress("transformers, uncompressed")
+    truth = TransformersSession(full, options)
+    expected = record(truth, probe)
+    ladder.add([_whole_model_check(truth, probe, expected, made.recipe.export.dtype)], expected, expected)
+    del truth
+    progress("our modules, uncompressed")
+    ladder.climb("transformers vs reference", TorchSession(full, options), expected)
+
+
+def _climb_rounded(
+    ladder: "_Ladder",
+    made: Design,
+    options: SessionOptions,
+    probe: Probe,
+    expected: Transcript,
+    outputs: Mapping[str, NDArray[np.float32]],
+) -> tuple[Transcript, Mapping[str, NDArray[np.float32]]]:
+    """Climb to our modules with what the recipe quantizes rounded; return what they answer and compute of images."""
+    quantize, quantized = made.recipe.quantize, TorchSession(made, options, is_quantized=True)
+    rounded = quantized.vision_layer_outputs(probe.pixel_values)
+    following = Follower.of(rounded, made, options)
+    if not following.keeps_as(outputs):
+        expected = record(following.open(), probe, expected.answers)
+    lost = "int4" if "int4" in (quantize.vision_encoder, quantize.decoder) else "int8"
+    step = "reference vs quantized reference"
+    return ladder.climb(step, quantized, expected, judged_by=lost, following=following.open), rounded
 
 
 def _last_step(backend: str) -> str:
@@ -210,41 +225,6 @@ def require_provable(backend: str, dtype: str) -> None:
         )
     for rung in (load_backend("ort-portable"), engine):
         rung.require(dtype)
-
-
-@dataclass(frozen=True)
-class _Following:
-    """Our modules, made to keep what another side's vision encoder kept.
-
-    Attributes:
-        made: the design.
-        options: room and threads.
-        kept: (B, M) by the names of choosers.
-        is_quantized: whether they round what the recipe quantizes.
-    """
-
-    made: Design
-    options: SessionOptions
-    kept: Mapping[str, NDArray[np.int64]]
-    is_quantized: bool = False
-
-    def open(self) -> TorchSession:
-        """Return a session; what its bottlenecks keep is not followed yet."""
-        session = TorchSession(self.made, self.options, is_quantized=self.is_quantized)
-        session.follow_stages(self.kept)
-        return session
-
-    def keeps_as(self, outputs: Mapping[str, NDArray[np.float32]]) -> bool:
-        """Return whether the vision encoder that computed these outputs kept the same."""
-        return all(np.array_equal(outputs[name], kept_BM) for name, kept_BM in self.kept.items())
-
-
-def _without(choosers: Sequence[str], outputs: Mapping[str, NDArray[np.float32]]) -> dict[str, NDArray[np.float32]]:
-    return {name: values for name, values in outputs.items() if name not in choosers}
-
-
-def _kept(outputs: Mapping[str, NDArray[np.float32]], choosers: Sequence[str]) -> dict[str, NDArray[np.int64]]:
-    return {name: outputs[name].astype(np.int64) for name in choosers}
 
 
 class _Ladder:

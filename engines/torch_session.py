@@ -6,6 +6,7 @@ that the weights arrived.
 
 import re
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -17,6 +18,7 @@ from tokexport.engines.backend import Array, Choice, DecoderStep, Device, Sessio
 from tokexport.engines.environment import available_cores
 from tokexport.exporter.export import Design, weight_names
 from tokexport.exporter.graph_io import GRAPHS, GraphName
+from tokexport.exporter.method import chooser_names
 from tokexport.exporter.modules.bottleneck import Chooser
 from tokexport.exporter.modules.rounding import round_layers
 from tokexport.exporter.weights import Weights
@@ -168,6 +170,50 @@ class TorchSession(Session):
 
     def _tensor(self, array: Array) -> Tensor:
         return torch.from_numpy(np.ascontiguousarray(array)).to(self._device, self._dtype)
+
+
+@dataclass(frozen=True)
+class Follower:
+    """Opens our modules, made to keep what another side's vision encoder kept.
+
+    Attributes:
+        made: the design.
+        options: room and threads.
+        kept: (B, M) by the names of choosers.
+        is_quantized: whether they round what the recipe quantizes.
+    """
+
+    made: Design
+    options: SessionOptions
+    kept: Mapping[str, NDArray[np.int64]]
+    is_quantized: bool = False
+
+    @classmethod
+    def of(
+        cls,
+        outputs: Mapping[str, NDArray[np.float32]],
+        made: Design,
+        options: SessionOptions,
+        *,
+        is_quantized: bool = False,
+    ) -> "Follower":
+        """Return what keeps the tokens that stand among outputs of modules of a vision encoder."""
+        kept = {name: outputs[name].astype(np.int64) for name in chooser_names(made.methods)}
+        return cls(made, options, kept, is_quantized)
+
+    def open(self) -> TorchSession:
+        """Return a session; what its bottlenecks keep is not followed yet."""
+        session = TorchSession(self.made, self.options, is_quantized=self.is_quantized)
+        session.follow_stages(self.kept)
+        return session
+
+    def without_kept(self, outputs: Mapping[str, NDArray[np.float32]]) -> dict[str, NDArray[np.float32]]:
+        """Return outputs without those of choosers, which are what is followed."""
+        return {name: values for name, values in outputs.items() if name not in self.kept}
+
+    def keeps_as(self, outputs: Mapping[str, NDArray[np.float32]]) -> bool:
+        """Return whether the vision encoder that computed these outputs kept the same."""
+        return all(np.array_equal(outputs[name], kept_BM) for name, kept_BM in self.kept.items())
 
 
 def _loaded_modules(

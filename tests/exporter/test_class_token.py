@@ -198,7 +198,9 @@ def test_every_rung_of_the_ladder_holds(
     assert [check for check in found.checks if not check.passed] == []
     (stage,) = (f"stages.{step['method']}" for step in steps if step["method"] in CHOOSING)
     checks = {check.name: check for check in found.checks}
-    assert checks[f"{stage}.top"].max_abs_diff == 0
+    assert checks[f"kept tokens, {stage}.top"].max_abs_diff == 0
+    assert checks[f"kept tokens, {stage}.top"].note == ""  # nor a near-tie
+    assert f"{stage}.top" not in checks  # the reference follows it, so that would be a check that cannot fail
     assert checks[f"{stage}.attention"].max_abs_diff < 1e-6
 
 
