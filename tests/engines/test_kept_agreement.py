@@ -45,8 +45,11 @@ def keeping_the_lowest(bundle: Bundle, graph: GraphName = "decoder_model_merged"
     """Let the first choice of a graph keep the tokens with the lowest scores."""
     path = bundle.graph_path(graph)
     model = ir.load(path)
-    top = next(node for node in model.graph if node.op_type == "TopK")
-    top.attributes["largest"] = ir.AttrInt64("largest", 0)
+    choice = next(node for node in model.graph if node.op_type in ("TopK", "ArgMax"))
+    if choice.op_type == "TopK":
+        choice.attributes["largest"] = ir.AttrInt64("largest", 0)
+    else:
+        choice.op_type = "ArgMin"
     ir.save(model, path)
     return with_checksums_of_today(bundle)
 
@@ -144,6 +147,13 @@ def test_what_the_vision_encoder_keeps_is_followed_and_judged_by_scores(
     found = verify(bundle, "ort-portable", OPTIONS)
     assert found.first_failure is None
     assert any("near-ties" in check.note for check in found.checks if check.name == broken[0].name)
+
+
+def test_a_token_that_is_not_the_farthest_fails(checkpoint: Path, exported: Export, copied: Copy):
+    bundle = keeping_the_lowest(copied(exported(recipe_for(checkpoint, DIVPRUNE))), "vision_encoder")
+    broken = [check for check in verify(bundle, "ort-portable", OPTIONS).checks if not check.passed]
+    assert [check.name for check in broken] == ["kept tokens, stages.divprune.index"]
+    assert broken[0].note.endswith("kept against their scores, or not in order")
 
 
 @pytest.mark.parametrize("step", [VISIONZIP, DIVPRUNE], ids=["visionzip", "divprune"])
