@@ -6,11 +6,11 @@ from typing import Any
 import torch
 
 from tokexport.engines.backend import load_backend
-from tokexport.engines.machine import measure_machine
+from tokexport.engines.machine import machine_of
 from tokexport.engines.worker import Workload
 from tokexport.exporter.bundle import MANIFEST, Bundle
 from tokexport.exporter.export import Design
-from tokexport.exporter.footprint import Footprint, Room, precision_of
+from tokexport.exporter.footprint import Footprint, Room
 from tokexport.exporter.plan import kv_cache_bytes, prefill_flops
 from tokexport.exporter.time_bound import Machine, decode_bound_ms, prefill_bound_ms
 
@@ -38,7 +38,8 @@ def foretold_and_measured(
     machine = None
     if load_backend(row["engine"]).is_foretold:
         figures.append(_peak(footprint, made, row, workload))
-        machine = _measured_machine(footprint, made, threads)
+        weight_bytes = footprint.graphs["decoder_model_merged"].weights
+        machine = machine_of(made, weight_bytes=weight_bytes, threads=threads)
         figures += _times(footprint, made, row, workload, machine)
     return {"figures": figures, "machine": None if machine is None else dict(vars(machine))}
 
@@ -62,16 +63,6 @@ def _peak(footprint: Footprint, made: Design, row: Mapping[str, Any], workload: 
         interpreter=row["baseline_rss_bytes"],
     )
     return {**_figure("peak_rss_bytes", memory.total, row["peak_rss_bytes"]), "terms": memory.table()}
-
-
-def _measured_machine(footprint: Footprint, made: Design, threads: int | None) -> Machine:
-    spec = made.model.spec
-    return measure_machine(
-        precision_of("decoder_model_merged", made.recipe),
-        threads=threads,
-        matrix_KN=(spec.hidden_size, spec.intermediate_size),
-        weight_bytes=footprint.graphs["decoder_model_merged"].weights,
-    )
 
 
 def _times(

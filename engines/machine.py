@@ -23,12 +23,12 @@ from tokexport.exporter.passes.quantize_weights import QuantizeWeights
 from tokexport.exporter.quantization import QuantizedLayer
 from tokexport.exporter.time_bound import Machine, decoder_weight_bytes
 from tokexport.exporter.trace import OPSET
+from tokexport.recipes.schema import QuantizeTable
 
 _SECONDS = 0.4
 _LEAST_RUNS = 3
 _ROWS = 512
 _MATRIX = (1024, 4096)
-_BLOCK_SIZE = 32
 # Larger than most caches; a model that is smaller is read as fast as something of its size.
 _MOST_BYTES = 128 << 20
 _READ_INPUTS = 1024
@@ -40,6 +40,7 @@ def measure_machine(
     threads: int | None = None,
     matrix_KN: tuple[int, int] = _MATRIX,
     weight_bytes: int = _MOST_BYTES,
+    block_size: int = QuantizeTable.block_size,
     seconds: float = _SECONDS,
 ) -> Machine:
     """Measure this machine.
@@ -49,6 +50,7 @@ def measure_machine(
         threads: that compute, None for as many as there are cores.
         matrix_KN: inputs and outputs of the matrix that is multiplied with 512 rows.
         weight_bytes: of the memory that is read over and over again; at most 128 MiB are.
+        block_size: inputs that share a scale, of int4.
         seconds: for each of the figures.
 
     Raises:
@@ -57,7 +59,7 @@ def measure_machine(
     if precision not in ("int8", "int4"):
         load_backend(DEFAULT_BACKEND).require(precision)
     inputs, outputs = matrix_KN
-    taken = _best(_product(precision, _ROWS, matrix_KN, threads), seconds)
+    taken = _best(_product(precision, _ROWS, matrix_KN, threads, block_size), seconds)
     columns = max(1, min(weight_bytes, _MOST_BYTES) // (4 * _READ_INPUTS))
     read = _best(_product("float32", 1, (_READ_INPUTS, columns), threads), seconds)
     return Machine(
@@ -72,12 +74,18 @@ def planning_machine(text: str, made: Design, report: Mapping[str, Any], threads
     """Return the machine that a plan is made for: given figures, or ``here`` for this one at the recipe's sizes."""
     if text != "here":
         return Machine.parse(text)
+    return machine_of(made, weight_bytes=decoder_weight_bytes(report), threads=threads)
+
+
+def machine_of(made: Design, *, weight_bytes: int, threads: int | None) -> Machine:
+    """Measure this machine with matrices like those of a recipe's decoder, which has ``weight_bytes``."""
     spec = made.model.spec
     return measure_machine(
         precision_of("decoder_model_merged", made.recipe),
         threads=threads,
         matrix_KN=(spec.hidden_size, spec.intermediate_size),
-        weight_bytes=decoder_weight_bytes(report),
+        weight_bytes=weight_bytes,
+        block_size=made.recipe.quantize.block_size,
     )
 
 
@@ -92,14 +100,20 @@ def _best(run: Callable[[], object], seconds: float) -> float:
     return best
 
 
-def _product(precision: str, rows: int, matrix_KN: tuple[int, int], threads: int | None) -> Callable[[], Any]:
+def _product(
+    precision: str,
+    rows: int,
+    matrix_KN: tuple[int, int],
+    threads: int | None,
+    block_size: int = QuantizeTable.block_size,
+) -> Callable[[], Any]:
     """Return a product of ``rows`` rows with a matrix that is stored in ``precision``."""
     from tokexport.engines.ort_session import inference_session  # needs ONNX Runtime
 
     dtype = np.dtype(np.float16 if precision == "float16" else np.float32)
     model = _product_model(rows, np.full(matrix_KN, 0.5, dtype))
     if precision in ("int8", "int4"):
-        layer = QuantizedLayer(kind="matrix", bits="int8" if precision == "int8" else "int4", block_size=_BLOCK_SIZE)
+        layer = QuantizedLayer(kind="matrix", bits="int8" if precision == "int8" else "int4", block_size=block_size)
         QuantizeWeights({"weight": layer})(model)
     session = inference_session(ir.to_proto(model).SerializeToString(), Path(), threads=threads, is_fast=True)
     feeds = {"x": np.full((rows, matrix_KN[0]), 0.5, dtype)}

@@ -2,6 +2,9 @@
 
 # pyright: reportPrivateUsage=false
 
+import os
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -9,6 +12,7 @@ from numpy.typing import NDArray
 
 from tests.conftest import NUM_LAYERS
 from tests.engines.conftest import open_engine, pixels, words
+from tokexport.engines import ort_session
 from tokexport.engines.backend import (
     DEFAULT_BACKEND,
     DecoderStep,
@@ -178,6 +182,31 @@ def test_an_unknown_engine_is_refused_with_the_nearest(name: str, expected: str)
     with pytest.raises(BackendUnavailableError) as caught:
         load_backend(name)
     assert str(caught.value) == expected
+
+
+@pytest.mark.parametrize(
+    ("limit", "set_by_user", "seen"),
+    [(1200, None, [None, None, "1"]), (1, None, [None] * 3), (1200, "0", ["0"] * 3)],
+    ids=["short prompts", "long prompts", "set by the user"],
+)
+def test_attention_has_all_scores_at_once_for_short_prompts(
+    tiny_adsc: Bundle, monkeypatch: pytest.MonkeyPatch, limit: int, set_by_user: str | None, seen: list[str | None]
+):
+    found: list[str | None] = []
+    open_session = ort_session.inference_session
+
+    def watched(*arguments: Any, **options: Any) -> Any:
+        found.append(os.environ.get(ort_session._WITHOUT_TILES))
+        return open_session(*arguments, **options)
+
+    monkeypatch.delenv(ort_session._WITHOUT_TILES, raising=False)
+    if set_by_user is not None:
+        monkeypatch.setenv(ort_session._WITHOUT_TILES, set_by_user)
+    monkeypatch.setattr(ort_session, "inference_session", watched)
+    monkeypatch.setattr(ort_session, "_MOST_IMAGE_TOKENS_WITHOUT_TILES", limit)
+    open_engine(tiny_adsc, "ort")
+    assert found == seen
+    assert os.environ.get(ort_session._WITHOUT_TILES) == set_by_user
 
 
 def test_a_second_row_in_a_batch_is_refused(tiny_adsc: Bundle):

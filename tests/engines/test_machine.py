@@ -6,16 +6,20 @@ from typing import Any
 import numpy as np
 import pytest
 
+from tokexport.engines import machine
 from tokexport.engines.fit import fit_here, fit_warnings
-from tokexport.engines.machine import _best, _product, measure_machine
+from tokexport.engines.machine import _best, _product, machine_of, measure_machine
 from tokexport.errors import BackendUnavailableError
+from tokexport.exporter.export import design
+from tokexport.exporter.time_bound import Machine
+from tokexport.recipes.load import load_recipe
 
 
 @pytest.mark.parametrize("precision", ["float32", "float16", "int8", "int4"])
 def test_every_precision_of_a_cpu_is_measured(precision: str):
-    machine = measure_machine(precision, threads=1, matrix_KN=(64, 96), weight_bytes=1 << 16, seconds=0.01)
-    assert (machine.precision, machine.threads) == (precision, 1)
-    assert min(machine.gflops_per_s, machine.gb_per_s) > 0
+    found = measure_machine(precision, threads=1, matrix_KN=(64, 96), weight_bytes=1 << 16, seconds=0.01)
+    assert (found.precision, found.threads) == (precision, 1)
+    assert min(found.gflops_per_s, found.gb_per_s) > 0
 
 
 def test_a_precision_that_no_cpu_engine_runs_is_refused():
@@ -28,6 +32,21 @@ def test_what_is_timed_is_the_product_of_the_precision(precision: str):
     (found,) = _product(precision, 3, (64, 32), 1)()
     # Rows of 64 halves, times columns of 64 halves.
     np.testing.assert_allclose(np.asarray(found, np.float32), np.full((3, 32), 16.0), rtol=0.02)
+
+
+def test_the_machine_is_measured_with_the_matrices_of_a_recipe(monkeypatch: pytest.MonkeyPatch):
+    asked: dict[str, Any] = {}
+
+    def recorded(precision: str, **options: Any) -> Machine:
+        asked.update(options, precision=precision)
+        return Machine(gflops_per_s=1, gb_per_s=1)
+
+    monkeypatch.setattr(machine, "measure_machine", recorded)
+    made = design(load_recipe("mini_full", ['quantize.decoder="int4"', "quantize.block_size=32"]))
+    machine_of(made, weight_bytes=7, threads=3)
+    spec = made.model.spec
+    assert asked.pop("matrix_KN") == (spec.hidden_size, spec.intermediate_size)
+    assert asked == {"precision": "int4", "threads": 3, "weight_bytes": 7, "block_size": 32}
 
 
 def test_the_fastest_of_at_least_three_runs_counts():
