@@ -19,7 +19,7 @@ from tokexport.engines.comparison_text import (
     verdict_remarks,
 )
 from tokexport.engines.kept_tokens import KeptTokens
-from tokexport.engines.pages import DASH, Plot, page_environment
+from tokexport.engines.pages import DASH, Plot, page_environment, setting_rows
 
 # A cell this many points under the full model is as dark as one gets, so that its text is still read.
 _DARKEST_LOSS, _DARKEST_SHARE = 50.0, 70.0
@@ -159,11 +159,4 @@ def _settings(settings: Mapping[str, Any]) -> dict[str, list[tuple[str, str]]]:
         "Machine": {key: value for key, value in environment.items() if key != "versions"},
         "Versions": environment["versions"],
     }
-    return {
-        title: [(key.replace("_", " "), _text(value)) for key, value in facts.items()]
-        for title, facts in sections.items()
-    }
-
-
-def _text(value: object) -> str:
-    return ", ".join(map(str, value)) or "none" if isinstance(value, list) else str(value)
+    return {title: setting_rows(facts) for title, facts in sections.items()}

@@ -1,8 +1,9 @@
 """What every page is made with: templates, drawings with words, and figures the way they are written everywhere."""
 
 import re
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
@@ -93,6 +94,19 @@ def number_text(value: float | None) -> str:
 def cosine_text(value: float | None) -> str:
     """Return a figure near one."""
     return DASH if value is None else f"{value:.7f}"
+
+
+def setting_rows(settings: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """Return settings by their names, both in words."""
+    rows: list[tuple[str, str]] = []
+    for key, value in settings.items():
+        name = key.removesuffix("_bytes")
+        if isinstance(value, list | tuple):
+            text = ", ".join(map(str, cast("Sequence[object]", value))) or "none"
+        else:
+            text = size_text(value) if name != key else str(value)
+        rows.append((name.replace("_", " "), text))
+    return rows
 
 
 def escape_markdown(value: object) -> object:

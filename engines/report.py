@@ -24,6 +24,7 @@ from tokexport.engines.pages import (
     ms_text,
     number_text,
     page_environment,
+    setting_rows,
     size_text,
     times_text,
     typeset,
@@ -340,11 +341,7 @@ def _surroundings(documents: ReportDocuments) -> dict[str, list[tuple[str, str]]
         "Loyalty": loyalty_text.loyalty_settings(documents.loyalty) if documents.loyalty else {},
         "Parity": {key: verify[key] for key in ("backend", "dtype", "seconds") if key in verify},
     }
-    return {
-        title: [(key.replace("_", " "), _text(value)) for key, value in rows.items()]
-        for title, rows in sections.items()
-        if rows
-    }
+    return {title: setting_rows(rows) for title, rows in sections.items() if rows}
 
 
 def _plots(plan: Mapping[str, Any], runs: Sequence[LayerRun], arms: Sequence[Arm]) -> list[Plot]:
@@ -424,7 +421,3 @@ def _mixing_plot(mixing: Mapping[str, Any]) -> Plot:
 
 def _ratio(value: float | None, to: float | None) -> float | None:
     return value / to if value is not None and to else None
-
-
-def _text(value: object) -> str:
-    return ", ".join(map(str, value)) if isinstance(value, list) else str(value)

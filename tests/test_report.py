@@ -9,6 +9,7 @@ from typing import Any, cast
 
 import pytest
 
+from tokexport.engines.pages import setting_rows
 from tokexport.engines.report import ReportDocuments, render_html, render_markdown, write_reports
 from tokexport.errors import BundleError
 from tokexport.exporter.bundle import Bundle
@@ -425,3 +426,8 @@ def test_both_reports_are_written_beside_the_documents(tmp_path: Path):
 def test_an_artefact_without_a_plan_has_no_report(tmp_path: Path):
     with pytest.raises(BundleError, match=r"no reports/plan\.json"):
         write_reports(artefact(tmp_path))
+
+
+def test_settings_stand_in_words():
+    found = setting_rows({"cpu": "a fast one", "memory_bytes": 25_276_510_208, "gpus": (), "kinds": ["a", "b"]})
+    assert found == [("cpu", "a fast one"), ("memory", "25.28 GB"), ("gpus", "none"), ("kinds", "a, b")]
