@@ -37,9 +37,9 @@ def main(artefacts: tuple[Path, Path], processes: int, repeats: int, text_tokens
     except TokexportError as error:
         raise click.ClickException(str(error)) from error
     click.echo("| artefact | first token, ms, each process | vision, ms |\n|---|---:|---:|")
-    for bundle, first_PT, vision_PT in zip(bundles, first_2PT, vision_2PT, strict=True):
+    for path, first_PT, vision_PT in zip(artefacts, first_2PT, vision_2PT, strict=True):
         first, vision = (", ".join(f"{ms:.1f}" for ms in np.median(ms_PT, axis=1)) for ms_PT in (first_PT, vision_PT))
-        click.echo(f"| {bundle.recipe.name} | {first} | {vision} |")
+        click.echo(f"| {path} | {first} | {vision} |")
     sums_2T1 = first_2PT.sum(axis=1)[:, :, None]
     ((low, high),) = ratio_intervals(*sums_2T1)
     ratio = sums_2T1[0].sum() / sums_2T1[1].sum()
