@@ -186,7 +186,7 @@ def test_an_unknown_engine_is_refused_with_the_nearest(name: str, expected: str)
 
 @pytest.mark.parametrize(
     ("limit", "set_by_user", "seen"),
-    [(1200, None, [None, None, "1"]), (1, None, [None] * 3), (1200, "0", ["0"] * 3)],
+    [(1800, None, [None, None, "1"]), (1, None, [None] * 3), (1800, "0", ["0"] * 3)],
     ids=["short prompts", "long prompts", "set by the user"],
 )
 def test_attention_has_all_scores_at_once_for_short_prompts(
@@ -203,7 +203,7 @@ def test_attention_has_all_scores_at_once_for_short_prompts(
     if set_by_user is not None:
         monkeypatch.setenv(ort_session._WITHOUT_TILES, set_by_user)
     monkeypatch.setattr(ort_session, "inference_session", watched)
-    monkeypatch.setattr(ort_session, "_MOST_IMAGE_TOKENS_WITHOUT_TILES", limit)
+    monkeypatch.setattr(ort_session, "_MOST_TOKENS_WITHOUT_TILES", limit)
     open_engine(tiny_adsc, "ort")
     assert found == seen
     assert os.environ.get(ort_session._WITHOUT_TILES) == set_by_user
