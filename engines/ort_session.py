@@ -33,8 +33,8 @@ _PROVIDERS: dict[Device, list[str]] = {
 }
 # Levels of accuracy of products with weights of four bits: with inputs as they are, and rounded to bytes.
 _FLOAT_PRODUCTS, _BYTE_PRODUCTS = "1", "4"
-# ``GroupQueryAttention`` on the CPU goes through its scores in tiles, or has those of all tokens at once. Tiles take
-# up to 2.3 times as long for prompts of up to 1,200 tokens, but no memory that grows with the square of the longest one.
+# ``GroupQueryAttention`` on the CPU goes through its scores in tiles, or has those of all tokens at once. Tiles take up
+# to 2.3 times as long for prompts of up to 1,200 tokens, but no memory that grows with the square of the longest one.
 _WITHOUT_TILES = "ORT_GQA_DISABLE_FLASH_ATTENTION"
 _MOST_TOKENS_WITHOUT_TILES = 1800
 # Its CPU kernels do not compute in bfloat16.
