@@ -1,0 +1,230 @@
+"""OpenVINO on the CPU, reading the artefact's own graphs: where it has AVX-512, the fastest for weights of four bits.
+
+Two operators of the decoder are put into its terms. ``TensorScatter``, which writes into a cache of a fixed size,
+becomes ``Concat``: a cache that OpenVINO keeps to itself and that grows. ``Attention`` over it becomes OpenVINO's fused
+attention with the mask written out, as the causal one it has says nothing of a cache.
+
+H heads of queries, K of keys and values, E numbers a head, Q new tokens, L tokens in a cache with the new ones
+"""
+
+import functools
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from tokexport.engines.backend import Array, Backend, Choice, DecoderStep, Session, SessionOptions
+from tokexport.engines.environment import available_cores
+from tokexport.errors import BackendUnavailableError, InputError
+from tokexport.exporter.bundle import Bundle
+from tokexport.exporter.graph_io import cache_names, choice_names, choosing_layers
+
+try:
+    import openvino as ov
+    from openvino import opset13 as ops
+    from openvino._offline_transformations import apply_make_stateful_transformation
+    from openvino.frontend import NodeContext
+    from openvino.frontend.onnx import ConversionExtension
+except ImportError as error:
+    raise BackendUnavailableError(
+        "OpenVINO is not installed; install it with: pip install 'tokexport[openvino]'"
+    ) from error
+
+_TOKENS = 2
+"""The axis of tokens in keys and values."""
+
+_LENGTH = 6
+"""The input of a cached ``Attention`` that says how many tokens the cache holds."""
+
+_BEAMS = "beam_idx"
+"""The input that says whose cache a sequence goes on with: only behind one is a cache fused with attention."""
+
+
+class OpenVino(Backend):
+    """The artefact's graphs, cache and attention fused."""
+
+    runtime = "OpenVINO"
+
+    dtypes = ("float32",)
+
+    def open(self, bundle: Bundle, options: SessionOptions) -> "OpenVinoSession":
+        self.require(bundle.recipe.export.dtype)
+        return OpenVinoSession(bundle, options)
+
+
+class OpenVinoSession(Session):
+    """Three compiled models, of which the decoder holds a cache of the tokens that it has seen.
+
+    Raises:
+        BackendUnavailableError: this version of OpenVINO does not know an operator of a graph.
+    """
+
+    def __init__(self, bundle: Bundle, options: SessionOptions) -> None:
+        super().__init__(bundle.spec, bundle.plan, options)
+        # Vision encoders have an Attention without a cache, which OpenVINO converts by itself.
+        core, decoder_core = ov.Core(), ov.Core()
+        decoder_core.add_extension(ConversionExtension("TensorScatter", _grow))
+        decoder_core.add_extension(ConversionExtension("Attention", functools.partial(_attend, {})))
+        vision, embedding = (_read(core, bundle.graph_path(graph)) for graph in ("vision_encoder", "embed_tokens"))
+        decoder = _read(decoder_core, bundle.graph_path("decoder_model_merged"))
+        caches = [
+            tuple(zip(cache_names(layer), cache_names(layer, "present"), strict=True))
+            for layer in range(self.spec.num_layers)
+        ]
+        _keep_caches(decoder, dict(pair for pairs in caches for pair in pairs))
+        properties = _properties(bundle, options.threads or available_cores())
+        self._vision, self._embedding, self._decoder = (
+            core.compile_model(model, "CPU", properties).create_infer_request()
+            for model in (vision, embedding, decoder)
+        )
+        # An input that nothing of the decoder reads, like the lengths of caches that know them, is none of the model.
+        self._inputs = {name for value in self._decoder.model_inputs for name in value.names}
+        self._choosing = choosing_layers(bundle.graph_io("decoder_model_merged"))
+        states = {state.name: state for state in self._decoder.query_state()}
+        self._caches = [tuple(states[past + present] for past, present in pairs) for pairs in caches]
+        self._lengths = [0] * len(self.plan.groups)
+
+    def encode_images(self, pixel_values: NDArray[np.float32]) -> Array:
+        return self._vision.infer({"pixel_values": pixel_values})["image_features"]
+
+    def embed(self, input_ids: NDArray[np.int64]) -> Array:
+        return self._embedding.infer({"input_ids": input_ids})["inputs_embeds"]
+
+    def decode(self, step: DecoderStep) -> NDArray[np.float32]:
+        if step.prefix_embeds.shape[0] != 1:
+            raise InputError(f"a session runs batch 1, not {step.prefix_embeds.shape[0]}")
+        self._shorten([int(length) for length in step.past_lengths[:, 0]])
+        inputs = {**step.inputs(), _BEAMS: np.zeros(1, np.int32)}
+        result = self._decoder.infer({name: array for name, array in inputs.items() if name in self._inputs})
+        num_text = step.prefix_embeds.shape[1] + step.suffix_embeds.shape[1]
+        has_image = step.image_features.shape[1] > 0
+        self._lengths = [
+            length + num_text + has_image * group.vision_tokens
+            for length, group in zip(self._lengths, self.plan.groups, strict=True)
+        ]
+        if has_image:
+            self.choices = {layer: Choice(*(result[name] for name in choice_names(layer))) for layer in self._choosing}
+        return result["logits"]
+
+    def read_cache(self, layer: int, length: int) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+        key, value = (state.state.data[:, :, :length].copy() for state in self._caches[layer])
+        return key, value
+
+    @property
+    def kv_bytes(self) -> int:
+        return sum(state.state.byte_size for states in self._caches for state in states)
+
+    def reset(self) -> None:
+        self._decoder.reset_state()
+        self._lengths = [0] * len(self._lengths)
+
+    def _shorten(self, lengths: Sequence[int]) -> None:
+        """Let caches forget what a conversation went back behind."""
+        if lengths == self._lengths:
+            return
+        for layer, states in enumerate(self._caches):
+            length = lengths[self.plan.group_of_layer[layer]]
+            for state in states:
+                state.state = ov.Tensor(np.ascontiguousarray(state.state.data[:, :, :length]))
+        self._lengths = list(lengths)
+
+
+def _read(core: ov.Core, path: Path) -> ov.Model:
+    try:
+        return core.read_model(path)
+    except RuntimeError as error:
+        reason = [line.strip(" -") for line in str(error).splitlines() if line.strip()][-1]
+        raise BackendUnavailableError(
+            f"OpenVINO {ov.get_version().partition('-')[0]} does not read {path}: {reason}; update it, or use another "
+            "backend, e.g. ort"
+        ) from error
+
+
+def _properties(bundle: Bundle, threads: int) -> dict[str, str | int]:
+    properties: dict[str, str | int] = {
+        "INFERENCE_NUM_THREADS": threads,
+        "NUM_STREAMS": 1,
+        "PERFORMANCE_HINT": "LATENCY",
+        # Otherwise it computes in bfloat16 and rounds keys and values to bytes wherever that is faster.
+        "INFERENCE_PRECISION_HINT": "f32",
+        "KV_CACHE_PRECISION": "f32",
+    }
+    quantize = bundle.recipe.quantize
+    if quantize.decoder == "int4":
+        # Inputs are rounded to bytes in blocks of so many, which have to be those of the weights.
+        properties["DYNAMIC_QUANTIZATION_GROUP_SIZE"] = quantize.block_size
+    return properties
+
+
+def _keep_caches(decoder: ov.Model, present_of: Mapping[str, str]) -> None:
+    """Let a decoder keep what comes in under one name and goes out under another, empty at first."""
+    beams = ops.parameter([1], np.int32, name=_BEAMS)
+    beams.output(0).set_names({_BEAMS})
+    for past in decoder.get_parameters():
+        if past.output(0).any_name in present_of:
+            shape = past.partial_shape
+            shape[0], shape[_TOKENS] = 1, -1
+            past.set_partial_shape(shape)
+            readers = past.output(0).get_target_inputs()
+            chosen = ops.gather(past, beams, _constant(0))
+            for reader in readers:
+                reader.replace_source_output(chosen.output(0))
+    decoder.add_parameters([beams])
+    decoder.validate_nodes_and_infer_types()
+    apply_make_stateful_transformation(decoder, dict(present_of))
+    for node in decoder.get_ops():
+        if node.get_type_name() == "ReadValue":
+            empty = [0 if size.is_dynamic else size.get_length() for size in node.output(0).partial_shape]
+            node.set_arguments([ops.constant(np.zeros(empty, np.float32)).output(0)])
+    decoder.validate_nodes_and_infer_types()
+
+
+def _grow(node: NodeContext) -> list[ov.Output]:
+    """Return a cache (1, K, L, E): the new tokens behind those that it came with."""
+    return ops.concat([node.get_input(0), node.get_input(1)], _TOKENS).outputs()
+
+
+def _attend(masks: dict[str, ov.Output], node: NodeContext) -> list[ov.Output]:
+    """Return what every token (1, H, Q, E) makes of the cache up to itself; layers of one length share a mask."""
+    query, *cached, length = (node.get_input(place) for place in (0, 1, 2, _LENGTH))
+    name = length.get_node().get_friendly_name()
+    if name not in masks:
+        masks[name] = _mask(query, cached[0])
+    keys, values = (_repeated(value, _heads(query)) for value in cached)
+    return ops.scaled_dot_product_attention(query, keys, values, masks[name]).outputs()
+
+
+def _mask(query: ov.Output, keys: ov.Output) -> ov.Output:
+    """Return what is added to scores, (1, 1, Q, L): nothing where a token sees a place."""
+    num_new, num_all = (_size(value) for value in (query, keys))
+    place_L = ops.range(_constant(0), num_all, _constant(1), "i64")
+    own_Q = ops.range(ops.subtract(num_all, num_new), num_all, _constant(1), "i64")
+    seen_QL = ops.less_equal(place_L, ops.unsqueeze(own_Q, _constant([1])))
+    # Infinity would make NaN of a part in which nothing is seen, where kernels work by parts.
+    nothing, least = np.float32(0), np.float32(np.finfo(np.float32).min / 2)
+    mask_QL = ops.select(seen_QL, ops.constant(nothing), ops.constant(least))
+    return ops.unsqueeze(mask_QL, _constant([0, 1])).output(0)
+
+
+def _repeated(value: ov.Output, num_heads: int) -> ov.Output:
+    """Return keys or values (1, K, L, E) once for every head of queries that shares them, (1, H, L, E)."""
+    times = num_heads // _heads(value)
+    if times == 1:
+        return value
+    # In these three steps OpenVINO's fused attention finds them again and leaves them out.
+    apart = ops.unsqueeze(value, _constant([2]))
+    repeated = ops.broadcast(apart, _constant([1, 1, times, 1, 1]), broadcast_spec="BIDIRECTIONAL")
+    return ops.reshape(repeated, _constant([0, num_heads, -1, value.partial_shape[3].get_length()]), True).output(0)
+
+
+def _heads(value: ov.Output) -> int:
+    return value.partial_shape[1].get_length()
+
+
+def _size(value: ov.Output) -> ov.Node:
+    return ops.gather(ops.shape_of(value, "i64"), _constant(_TOKENS), _constant(0))
+
+
+def _constant(value: ArrayLike) -> ov.Node:
+    return ops.constant(np.array(value, np.int64))

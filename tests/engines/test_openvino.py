@@ -1,0 +1,121 @@
+"""OpenVINO runs artefacts of every kind as the ladder demands; its cache goes back where a conversation does."""
+
+# pyright: reportPrivateUsage=false
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+import pytest
+
+from tests.conftest import adsc, recipe_for
+from tests.engines.conftest import open_engine, pixels, with_checksums_of_today, words
+from tokexport.engines.backend import SessionOptions
+from tokexport.engines.backends import openvino
+from tokexport.engines.generate import IMAGE, Conversation
+from tokexport.engines.parity import verify
+from tokexport.errors import BackendUnavailableError
+from tokexport.exporter.bundle import Bundle
+from tokexport.recipes.schema import QuantizeTable, Recipe
+
+Export = Callable[[Recipe], Bundle]
+
+SAME = 1e-4
+METHODS: dict[str, dict[str, Any]] = {
+    "metacompress": {"method": "metacompress", "keep": 4, "weights": "untrained"},
+    "relevance": {"method": "relevance", "keep": 6, "channels": [4, 8], "weights": "untrained"},
+    "fastv": {"method": "fastv", "keep": 6, "layer": 2},
+    "pyramiddrop": {"method": "pyramiddrop", "drops": [{"layer": 1, "keep": 8}, {"layer": 3, "keep": 4}]},
+    "visionzip": {"method": "visionzip", "keep": 7, "contextual": 3},
+    "vscan": {"method": "vscan", "keep": 9, "window": 2, "local_layer": 0, "layer": 2, "keep_inside": 4},
+    "divprune": {"method": "divprune", "keep": 6},
+}
+ROUNDED = {
+    "int8": QuantizeTable(vision_encoder="int8", embed_tokens="int8", decoder="int8"),
+    "int4": QuantizeTable(vision_encoder="int8", embed_tokens="int8", decoder="int4", block_size=16),
+}
+
+
+def proved(bundle: Bundle) -> list[str]:
+    """Climb to the engine and return what failed."""
+    verification = verify(bundle, "openvino", SessionOptions.for_bundle(bundle, threads=1))
+    assert any(check.step == "ort-portable vs openvino" for check in verification.checks)
+    return [f"{check.step}: {check.name}" for check in verification.checks if not check.passed]
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_kind_of_method_is_proved(checkpoint: Path, exported: Export, method: str):
+    assert proved(exported(recipe_for(checkpoint, METHODS[method]))) == []
+
+
+@pytest.mark.parametrize("precision", ROUNDED)
+def test_rounded_weights_are_proved(checkpoint: Path, exported: Export, precision: str):
+    assert proved(exported(replace(recipe_for(checkpoint, adsc()), quantize=ROUNDED[precision]))) == []
+
+
+def test_a_mask_aligned_to_the_upper_left_is_no_proof(tiny_adsc: Bundle, monkeypatch: pytest.MonkeyPatch):
+    def upper_left(query: Any, keys: Any) -> Any:
+        zero, one, rows = (openvino._constant([value]) for value in (0, 1, 2))
+        num_new = openvino.ops.unsqueeze(openvino._size(query), zero)
+        return openvino.ops.slice(right(keys, keys), zero, num_new, one, rows).output(0)
+
+    right = openvino._mask
+    monkeypatch.setattr(openvino, "_mask", upper_left)
+    failed = proved(tiny_adsc)
+    assert failed
+    assert all(name.startswith("ort-portable vs openvino: ") for name in failed)
+
+
+def test_every_layer_has_a_fused_attention_that_holds_its_cache(tiny_adsc: Bundle):
+    session = open_engine(tiny_adsc, "openvino")
+    assert isinstance(session, openvino.OpenVinoSession)
+    nodes = session._decoder.get_compiled_model().get_runtime_model().get_ops()
+    kinds = [(node.get_rt_info()["layerType"].value, node.get_friendly_name()) for node in nodes]
+    assert [kind for kind, _ in kinds].count("ScaledDotProductAttention") == tiny_adsc.spec.num_layers
+    assert not [name for kind, name in kinds if kind == "Concatenation" and "self_attn" in name]
+    # One mask for each of the three lengths of caches.
+    assert [kind for kind, _ in kinds].count("Range") == 2 * len(session.plan.groups)
+
+
+def test_what_a_conversation_goes_back_behind_is_forgotten(tiny_adsc: Bundle):
+    session = open_engine(tiny_adsc, "openvino")
+    conversation = Conversation(session)
+    conversation.feed([*words(6), IMAGE], [session.encode_images(pixels())])
+    held = session.kv_bytes
+    conversation.probe(words(9, seed=1))
+    found = conversation.feed(words(3, seed=2))
+    assert session.kv_bytes == held + 3 * 2 * 2 * 16 * 4 * tiny_adsc.spec.num_layers
+
+    other = open_engine(tiny_adsc)
+    same = Conversation(other)
+    same.feed([*words(6), IMAGE], [other.encode_images(pixels())])
+    assert np.abs(found - same.feed(words(3, seed=2))).max() < SAME
+
+
+def test_a_new_conversation_begins_with_an_empty_cache(tiny_adsc: Bundle):
+    session = open_engine(tiny_adsc, "openvino")
+    first = Conversation(session).feed(words(5))
+    assert np.array_equal(Conversation(session).feed(words(5)), first)
+
+
+def test_an_operator_that_openvino_does_not_know_is_named(tiny_adsc: Bundle, copied: Callable[[Bundle], Bundle]):
+    bundle = copied(tiny_adsc)
+    path = bundle.graph_path("vision_encoder")
+    model = ir.load(path)
+    next(node for node in model.graph if node.op_type == "LayerNormalization").op_type = "NoSuchOperator"
+    ir.save(model, path)
+    with pytest.raises(BackendUnavailableError) as caught:
+        open_engine(with_checksums_of_today(bundle), "openvino")
+    text = str(caught.value)
+    assert text.startswith(f"OpenVINO {openvino.ov.get_version().partition('-')[0]} does not read {path}: ")
+    assert "NoSuchOperator" in text
+    assert "\n" not in text
+    assert text.endswith("update it, or use another backend, e.g. ort")
+
+
+def test_half_precision_is_left_to_others(checkpoint: Path, exported: Export):
+    with pytest.raises(BackendUnavailableError, match="'openvino' does not run graphs in float16, only in float32"):
+        open_engine(exported(recipe_for(checkpoint, dtype="float16")), "openvino")
