@@ -14,72 +14,43 @@ import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Protocol
 
 import click
 import numpy as np
 
+from benchmarks.peers_choice import (
+    BITS,
+    PEERS,
+    Bits,
+    Peer,
+    chosen_engines,
+    chosen_peers,
+    chosen_recipes,
+    named_pythons,
+)
 from benchmarks.peers_process import PeerProcess
 from benchmarks.peers_table import pairs, table
-from tokexport.engines.backend import DEFAULT_BACKEND, SessionOptions, load_backend
+from tokexport.engines.backend import DEFAULT_BACKEND, SessionOptions
 from tokexport.engines.environment import available_cores, describe_environment
 from tokexport.engines.worker import EngineProcess, Timing, Workload, make_question
 from tokexport.errors import BundleError, TokexportError
 from tokexport.exporter.bundle import Bundle, BundleWriter, write_atomically
 from tokexport.exporter.plan import TokenPlan, stride_index
-from tokexport.recipes.load import load_recipe, override, recipe_table
+from tokexport.recipes.load import override, recipe_table
 from tokexport.recipes.schema import Recipe
 
 # The processes of our engines import this module too, and their memory is measured: what loads torch is imported where
 # it is used.
 
-Bits = Literal["float", "int8", "int4"]
-BITS: tuple[Bits, ...] = ("float", "int8", "int4")
 Bundles = Mapping[tuple[str, Bits], Bundle]
 """Our artefacts, by recipe and bits."""
 
 OURS, FULL = "tokexport", "all"
-_SCRIPTS = Path(__file__).with_name("peers")
 _WARMUP = 1
 _RECIPES = ("bench_full", "bench_adsc", "bench_metacompress")
-
-
-@dataclass(frozen=True, kw_only=True)
-class Peer:
-    """Something to compare with.
-
-    Attributes:
-        script: run in its own Python.
-        variants: precisions as the peer calls them, and which bits of ours they stand beside.
-        converted: name under which what it made of the checkpoint is kept, empty where it reads that as it is; peers
-            may share it.
-        prunes: it computes with fewer image tokens, in each of these variants.
-    """
-
-    script: Path
-    variants: Mapping[str, Bits]
-    converted: str = ""
-    prunes: Sequence[str] = ()
-
-
-_OPENVINO: Mapping[str, Bits] = {"fp16": "float", "int8": "int8", "int4": "int4"}
-_LLAMA_CPP: Mapping[str, Bits] = {"f16": "float", "q8_0": "int8", "q4_0": "int4"}
-PEERS: Mapping[str, Peer] = {
-    "transformers": Peer(
-        script=_SCRIPTS / "peer_transformers.py",
-        variants={"fp32": "float", "bf16": "float", "fp32-compiled": "float", "bf16-compiled": "float"},
-    ),
-    "openvino": Peer(
-        script=_SCRIPTS / "peer_openvino.py", variants=_OPENVINO, converted="openvino", prunes=tuple(_OPENVINO)
-    ),
-    # Of its own pruning, one precision is enough to see whether it has an effect.
-    "openvino-genai": Peer(
-        script=_SCRIPTS / "peer_openvino_genai.py", variants=_OPENVINO, converted="openvino", prunes=("int8",)
-    ),
-    "llama-cpp": Peer(script=_SCRIPTS / "peer_llama_cpp.py", variants=_LLAMA_CPP, converted="gguf"),
-}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,6 +61,7 @@ class Arm:
         method: the recipe's, for ours; what the peer's tokens are chosen to match, for a peer.
         tokens: of an image, averaged over the decoder's layers.
         kept: which of them enter the language model of a peer, None for all.
+        engine: that runs an artefact of ours.
     """
 
     system: str
@@ -98,6 +70,7 @@ class Arm:
     method: str
     tokens: float
     kept: tuple[int, ...] | None = None
+    engine: str = ""
 
     @property
     def group(self) -> tuple[Bits, bool]:
@@ -142,13 +115,13 @@ class Setting:
 
 
 class OurProcess:
-    """An artefact of ours in ONNX Runtime."""
+    """An artefact of ours in one of our engines."""
 
-    def __init__(self, bundle: Bundle, setting: Setting, stack: ExitStack) -> None:
+    def __init__(self, bundle: Bundle, engine: str, setting: Setting, stack: ExitStack) -> None:
         room = setting.workload.text_tokens + setting.workload.new_tokens
         options = SessionOptions.for_bundle(bundle, max_text_tokens=room, max_images=1, threads=setting.threads)
         self._bundle = bundle
-        self._process = stack.enter_context(EngineProcess(bundle.path, DEFAULT_BACKEND, options, setting.workload))
+        self._process = stack.enter_context(EngineProcess(bundle.path, engine, options, setting.workload))
 
     def measure(self) -> Mapping[str, Any]:
         timing: Timing = self._process.measure()
@@ -199,7 +172,7 @@ def our_artefacts(recipes: Sequence[Recipe], setting: Setting, bits: Sequence[Bi
     return bundles
 
 
-def all_arms(bundles: Bundles, peers: Mapping[str, Peer]) -> list[Arm]:
+def all_arms(bundles: Bundles, peers: Mapping[str, Peer], engines: Mapping[str, Sequence[Bits]]) -> list[Arm]:
     """Return every row, ours behind the peers of their group."""
     plans: dict[str, TokenPlan] = {recipe: bundle.plan for (recipe, _), bundle in bundles.items()}
     methods = {recipe: _method(bundle) for (recipe, _), bundle in bundles.items()}
@@ -224,7 +197,18 @@ def all_arms(bundles: Bundles, peers: Mapping[str, Peer]) -> list[Arm]:
                     if kept is None or variant in peer.prunes
                 ]
             variant = "fp32" if width == "float" else width
-            arms.append(Arm(system=OURS, variant=variant, bits=width, method=method, tokens=tokens))
+            arms += [
+                Arm(
+                    system=OURS,
+                    variant=variant if name == DEFAULT_BACKEND else f"{variant} {name}",
+                    bits=width,
+                    method=method,
+                    tokens=tokens,
+                    engine=name,
+                )
+                for name, widths_run in engines.items()
+                if width in widths_run
+            ]
     return arms
 
 
@@ -316,7 +300,7 @@ class Measurement:
             bundle = next(
                 b for (_, width), b in self._bundles.items() if width == arm.bits and _method(b) == arm.method
             )
-            return OurProcess(bundle, self._setting, stack)
+            return OurProcess(bundle, arm.engine, self._setting, stack)
         task = peer_task(arm, self._setting, self._question)
         reason = self._prepared.get(task["folder"])
         if reason:
@@ -351,54 +335,18 @@ def row_of(runs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     return {**row, "tokens_said": list(runs[-1].get("tokens", ()))}
 
 
-def chosen_peers(names: str) -> dict[str, Peer]:
-    """Return peers by their names, with ``:VARIANT`` for one precision, or by the path of a script that answers alike.
-
-    Raises:
-        ClickException: there is no such peer or precision.
-    """
-    chosen: dict[str, Peer] = {}
-    for entry in filter(None, names.split(",")):
-        name, _, variant = entry.partition(":")
-        if name.endswith(".py"):
-            chosen[Path(name).stem] = Peer(script=Path(name), variants={"default": "float"})
-            continue
-        if name not in PEERS:
-            raise click.ClickException(
-                f"there is no peer {name!r}; choose from {', '.join(PEERS)}, or give the path of a script"
-            )
-        variants = PEERS[name].variants
-        if variant and variant not in variants:
-            raise click.ClickException(f"{name} has no {variant!r}; choose from {', '.join(variants)}")
-        taken = chosen[name].variants if name in chosen else {}
-        chosen[name] = replace(PEERS[name], variants={**taken, variant: variants[variant]} if variant else variants)
-    return chosen
-
-
-def named_pythons(entries: Sequence[str]) -> dict[str, str]:
-    """Return interpreters by the peers that they are for; one without a name is for all others."""
-    parts = [entry.rpartition("=") for entry in entries]
-    return {name: path for name, _, path in parts}
-
-
-def chosen_recipes(names: Sequence[str], settings: Sequence[str]) -> list[Recipe]:
-    """Return recipes, the one with all tokens first.
-
-    Raises:
-        ClickException: not exactly one keeps all tokens.
-    """
-    recipes = [load_recipe(name, settings) for name in names]
-    if sum(not recipe.compress for recipe in recipes) != 1:
-        raise click.ClickException(
-            f"of the recipes {', '.join(names)} exactly one must keep all tokens, e.g. bench_full"
-        )
-    return sorted(recipes, key=lambda recipe: bool(recipe.compress))
-
-
 @click.command()
 @click.option("--recipe", "names", multiple=True, default=_RECIPES, show_default=True, help="One keeps all tokens.")
 @click.option("--set", "settings", multiple=True, metavar="KEY=VALUE", help="Changes every recipe.")
 @click.option("--peers", "peer_names", default=",".join(PEERS), show_default=True, help="Or NAME:VARIANT, or a script.")
+@click.option(
+    "--engine",
+    "engine_names",
+    multiple=True,
+    default=(DEFAULT_BACKEND,),
+    show_default=True,
+    help="Of ours, or ENGINE:BITS.",
+)
 @click.option("--python", "pythons", multiple=True, metavar="[PEER=]PATH", help="The Python of a peer, or of all.")
 @click.option("--bits", multiple=True, type=click.Choice(BITS), default=BITS, show_default=True)
 @click.option("--repeats", default=5, show_default=True, type=click.IntRange(min=1))
@@ -412,6 +360,7 @@ def main(
     names: Sequence[str],
     settings: Sequence[str],
     peer_names: str,
+    engine_names: Sequence[str],
     pythons: Sequence[str],
     bits: Sequence[Bits],
     repeats: int,
@@ -430,7 +379,7 @@ def main(
     peers = chosen_peers(peer_names)
     try:
         recipes = chosen_recipes(names, settings)
-        load_backend(DEFAULT_BACKEND)
+        engines = chosen_engines(engine_names)
         made = design(recipes[0])
         checkpoint = write_checkpoint(made, out / "checkpoint")
         workload = Workload(text_tokens=text_tokens, new_tokens=new_tokens)
@@ -461,7 +410,7 @@ def main(
     }
     (out / "logs").mkdir(exist_ok=True)
     measurement = Measurement(setting, bundles, question)
-    arms = all_arms(bundles, peers)
+    arms = all_arms(bundles, peers, engines)
     measurement.prepare(arms)
     document: dict[str, Any] = {
         "rows": [],

@@ -27,6 +27,7 @@ def pairs(rows: Sequence[Row]) -> list[dict[str, Any]]:
             found.append(
                 {
                     "bits": ours["bits"],
+                    "engine": ours["variant"].partition(" ")[2],
                     "method": ours["method"],
                     "peer": f"{peer['system']} {peer['variant']}",
                     "peer_method": peer["method"],
@@ -73,7 +74,8 @@ def table(document: Mapping[str, Any]) -> str:
     for pair in document["pairs"]:
         times = " / ".join(f"{value:.0f}" for value in pair["ttft_ms"])
         ratios = " | ".join(f"{pair[key]:.2f}" for key in ("ttft", "decode", "memory", "disk"))
-        head = f"| {pair['bits']} | {pair['method']} | {pair['peer']} | {_tokens(pair['peer_method'])}"
+        ours = ", ".join(filter(None, (pair["method"], pair["engine"])))
+        head = f"| {pair['bits']} | {ours} | {pair['peer']} | {_tokens(pair['peer_method'])}"
         lines.append(f"{head} | {times} | {ratios} |")
     return "\n".join(lines) + "\n"
 

@@ -11,7 +11,8 @@ from click.testing import CliRunner, Result
 from safetensors.torch import load_file
 
 from benchmarks import random_checkpoint
-from benchmarks.peers import main, named_pythons
+from benchmarks.peers import main
+from benchmarks.peers_choice import named_pythons
 from benchmarks.peers_process import PeerProcess, readable
 from benchmarks.peers_table import pairs
 from benchmarks.random_checkpoint import published_name
@@ -65,7 +66,7 @@ def test_every_peer_is_a_row_and_none_stops_the_others(recipes: tuple[Path, Path
     outcome = ran(
         *("--recipe", recipes[0], "--recipe", recipes[1], "--bits", "float", "--text-tokens", 8, "--new-tokens", 3),
         *("--peers", ",".join(["transformers:fp32", *map(str, scripts)]), "--repeats", 2, "--threads", 1),
-        *("-o", tmp_path / "out"),
+        *("--engine", "ort", "--engine", "ort-portable:float", "--engine", "openvino:int8", "-o", tmp_path / "out"),
     )
     assert outcome.exit_code == 0, outcome.output
     document = json.loads((tmp_path / "out" / "peers.json").read_text())
@@ -76,15 +77,17 @@ def test_every_peer_is_a_row_and_none_stops_the_others(recipes: tuple[Path, Path
         assert rows[name, "default", "all"]["failed"].startswith(DAMAGE[name][1])
     assert rows["tokexport", "fp32", "sample"]["tokens"] == 4
     assert rows["tokexport", "fp32", "all"]["disk_bytes"] > 100_000
+    assert {variant for system, variant, _ in rows if system == "tokexport"} == {"fp32", "fp32 ort-portable"}
+    assert rows["tokexport", "fp32 ort-portable", "all"]["engine"] == "ort-portable"
     assert rows["transformers", "fp32", "all"]["prefill_ms"]["median"] > 0
     assert len(rows["transformers", "fp32", "all"]["tokens_said"]) == 4
     fastest = min(
         (row for row in document["rows"] if row["system"] != "tokexport" and "failed" not in row),
         key=lambda row: row["ttft_ms"]["median"],
     )
-    assert [(pair["method"], pair["peer"]) for pair in document["pairs"]] == [
-        ("all", f"{fastest['system']} {fastest['variant']}"),
-        ("sample", f"{fastest['system']} {fastest['variant']}"),
+    peer = f"{fastest['system']} {fastest['variant']}"
+    assert [(pair["method"], pair["engine"], pair["peer"]) for pair in document["pairs"]] == [
+        (method, engine, peer) for method in ("all", "sample") for engine in ("", "ort-portable")
     ]
     text = (tmp_path / "out" / "peers.md").read_text()
     assert "| float | fails_to_open default | 16 | ValueError: no int5 kernels |" in text
@@ -138,11 +141,13 @@ def test_a_missing_package_is_named_with_its_remedy():
 @pytest.mark.parametrize(
     ("arguments", "text"),
     [
+        (("--engine", "ort:int5"), "an artefact has no 'int5'; choose from float, int8, int4"),
+        (("--engine", "openvin"), "there is no backend 'openvin'; did you mean 'openvino'?"),
         (("--peers", "openvin"), "there is no peer 'openvin'; choose from transformers, openvino"),
         (("--peers", "openvino:int5"), "openvino has no 'int5'; choose from fp16, int8, int4"),
         (("--recipe", "mini_adsc"), "of the recipes mini_adsc exactly one must keep all tokens"),
     ],
-    ids=["peer", "precision", "recipes"],
+    ids=["bits of an engine", "engine", "peer", "precision", "recipes"],
 )
 def test_what_cannot_be_measured_is_refused(arguments: tuple[str, ...], text: str, tmp_path: Path):
     outcome = ran(*arguments, "-o", tmp_path / "out")
