@@ -1,8 +1,9 @@
-"""OpenVINO on the CPU, reading the artefact's own graphs: where it has AVX-512, the fastest for weights of four bits.
+"""OpenVINO on the CPU for the decoder, ONNX Runtime for the rest: with AVX-512 the fastest for weights of four bits.
 
-Two operators of the decoder are put into its terms. ``TensorScatter``, which writes into a cache of a fixed size,
-becomes ``Concat``: a cache that OpenVINO keeps to itself and that grows. ``Attention`` over it becomes OpenVINO's fused
-attention with the mask written out, as the causal one it has says nothing of a cache.
+Both read the artefact's own graphs. Towers in int8 take three times as long in OpenVINO, which multiplies in float32
+what a graph has rounded to bytes. Two operators of the decoder are put into its terms. ``TensorScatter``, which writes
+into a cache of a fixed size, becomes ``Concat``: a cache that OpenVINO keeps to itself and that grows. ``Attention``
+over it becomes OpenVINO's fused attention with the mask written out, as the causal one it has knows of no cache.
 
 H heads of queries, K of keys and values, E numbers a head, Q new tokens, L tokens in a cache with the new ones
 """
@@ -16,6 +17,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from tokexport.engines.backend import Array, Backend, Choice, DecoderStep, Session, SessionOptions
 from tokexport.engines.environment import available_cores
+from tokexport.engines.ort_session import graph_file, inference_session
 from tokexport.errors import BackendUnavailableError, InputError
 from tokexport.exporter.bundle import Bundle
 from tokexport.exporter.graph_io import cache_names, choice_names, choosing_layers
@@ -28,7 +30,7 @@ try:
     from openvino.frontend.onnx import ConversionExtension
 except ImportError as error:
     raise BackendUnavailableError(
-        "OpenVINO is not installed; install it with: pip install 'tokexport[openvino]'"
+        "OpenVINO is not installed; install it with: pip install 'tokexport[cpu,openvino]'"
     ) from error
 
 _TOKENS = 2
@@ -42,7 +44,7 @@ _BEAMS = "beam_idx"
 
 
 class OpenVino(Backend):
-    """The artefact's graphs, cache and attention fused."""
+    """The artefact's graphs, the decoder in OpenVINO with cache and attention fused."""
 
     runtime = "OpenVINO"
 
@@ -54,31 +56,30 @@ class OpenVino(Backend):
 
 
 class OpenVinoSession(Session):
-    """Three compiled models, of which the decoder holds a cache of the tokens that it has seen.
+    """Two sessions of ONNX Runtime, and a compiled decoder that holds a cache of the tokens that it has seen.
 
     Raises:
-        BackendUnavailableError: this version of OpenVINO does not know an operator of a graph.
+        BackendUnavailableError: this version of OpenVINO does not know an operator of the decoder.
     """
 
     def __init__(self, bundle: Bundle, options: SessionOptions) -> None:
         super().__init__(bundle.spec, bundle.plan, options)
-        # Vision encoders have an Attention without a cache, which OpenVINO converts by itself.
-        core, decoder_core = ov.Core(), ov.Core()
-        decoder_core.add_extension(ConversionExtension("TensorScatter", _grow))
-        decoder_core.add_extension(ConversionExtension("Attention", functools.partial(_attend, {})))
-        vision, embedding = (_read(core, bundle.graph_path(graph)) for graph in ("vision_encoder", "embed_tokens"))
-        decoder = _read(decoder_core, bundle.graph_path("decoder_model_merged"))
+        self._vision, self._embedding = (
+            inference_session(graph_file(bundle, graph), bundle.path / "onnx", threads=options.threads, is_fast=True)
+            for graph in ("vision_encoder", "embed_tokens")
+        )
+        core = ov.Core()
+        core.add_extension(ConversionExtension("TensorScatter", _grow))
+        core.add_extension(ConversionExtension("Attention", functools.partial(_attend, {})))
+        decoder = _read(core, bundle.graph_path("decoder_model_merged"))
         caches = [
             tuple(zip(cache_names(layer), cache_names(layer, "present"), strict=True))
             for layer in range(self.spec.num_layers)
         ]
         _keep_caches(decoder, dict(pair for pairs in caches for pair in pairs))
         properties = _properties(bundle, options.threads or available_cores())
-        self._vision, self._embedding, self._decoder = (
-            core.compile_model(model, "CPU", properties).create_infer_request()
-            for model in (vision, embedding, decoder)
-        )
-        # An input that nothing of the decoder reads, like the lengths of caches that know them, is none of the model.
+        self._decoder = core.compile_model(decoder, "CPU", properties).create_infer_request()
+        # An input that nothing reads, like the lengths of caches that know their own, is none of a compiled model.
         self._inputs = {name for value in self._decoder.model_inputs for name in value.names}
         self._choosing = choosing_layers(bundle.graph_io("decoder_model_merged"))
         states = {state.name: state for state in self._decoder.query_state()}
@@ -86,10 +87,10 @@ class OpenVinoSession(Session):
         self._lengths = [0] * len(self.plan.groups)
 
     def encode_images(self, pixel_values: NDArray[np.float32]) -> Array:
-        return self._vision.infer({"pixel_values": pixel_values})["image_features"]
+        return np.asarray(self._vision.run(["image_features"], {"pixel_values": pixel_values})[0])
 
     def embed(self, input_ids: NDArray[np.int64]) -> Array:
-        return self._embedding.infer({"input_ids": input_ids})["inputs_embeds"]
+        return np.asarray(self._embedding.run(["inputs_embeds"], {"input_ids": input_ids})[0])
 
     def decode(self, step: DecoderStep) -> NDArray[np.float32]:
         if step.prefix_embeds.shape[0] != 1:

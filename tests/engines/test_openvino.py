@@ -103,9 +103,9 @@ def test_a_new_conversation_begins_with_an_empty_cache(tiny_adsc: Bundle):
 
 def test_an_operator_that_openvino_does_not_know_is_named(tiny_adsc: Bundle, copied: Callable[[Bundle], Bundle]):
     bundle = copied(tiny_adsc)
-    path = bundle.graph_path("vision_encoder")
+    path = bundle.graph_path("decoder_model_merged")
     model = ir.load(path)
-    next(node for node in model.graph if node.op_type == "LayerNormalization").op_type = "NoSuchOperator"
+    next(node for node in model.graph if node.op_type == "Sigmoid").op_type = "NoSuchOperator"
     ir.save(model, path)
     with pytest.raises(BackendUnavailableError) as caught:
         open_engine(with_checksums_of_today(bundle), "openvino")
