@@ -95,14 +95,16 @@ class OpenVinoSession(Session):
     def decode(self, step: DecoderStep) -> NDArray[np.float32]:
         if step.prefix_embeds.shape[0] != 1:
             raise InputError(f"a session runs batch 1, not {step.prefix_embeds.shape[0]}")
-        self._shorten([int(length) for length in step.past_lengths[:, 0]])
+        lengths = [int(length) for length in step.past_lengths[:, 0]]
+        self._shorten(lengths)
+        self._lengths = []  # should it fail, some caches hold more
         inputs = {**step.inputs(), _BEAMS: np.zeros(1, np.int32)}
         result = self._decoder.infer({name: array for name, array in inputs.items() if name in self._inputs})
         num_text = step.prefix_embeds.shape[1] + step.suffix_embeds.shape[1]
         has_image = step.image_features.shape[1] > 0
         self._lengths = [
             length + num_text + has_image * group.vision_tokens
-            for length, group in zip(self._lengths, self.plan.groups, strict=True)
+            for length, group in zip(lengths, self.plan.groups, strict=True)
         ]
         if has_image:
             self.choices = {layer: Choice(*(result[name] for name in choice_names(layer))) for layer in self._choosing}
@@ -118,7 +120,7 @@ class OpenVinoSession(Session):
 
     def reset(self) -> None:
         self._decoder.reset_state()
-        self._lengths = [0] * len(self._lengths)
+        self._lengths = [0] * len(self.plan.groups)
 
     def _shorten(self, lengths: Sequence[int]) -> None:
         """Let caches forget what a conversation went back behind."""

@@ -5,6 +5,7 @@
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -93,6 +94,27 @@ def test_what_a_conversation_goes_back_behind_is_forgotten(tiny_adsc: Bundle):
     same = Conversation(other)
     same.feed([*words(6), IMAGE], [other.encode_images(pixels())])
     assert np.abs(found - same.feed(words(3, seed=2))).max() < SAME
+
+
+def test_what_a_call_that_failed_left_is_forgotten(tiny_adsc: Bundle, monkeypatch: pytest.MonkeyPatch):
+    session = open_engine(tiny_adsc, "openvino")
+    assert isinstance(session, openvino.OpenVinoSession)
+    conversation = Conversation(session)
+    expected = [conversation.feed(tokens) for tokens in (words(6), words(3, seed=2))]
+
+    conversation = Conversation(session)
+    assert np.array_equal(conversation.feed(words(6)), expected[0])
+    decoder = session._decoder
+
+    def infer(inputs: dict[str, Any]) -> Any:
+        decoder.infer(inputs)
+        raise RuntimeError("no memory")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(session, "_decoder", SimpleNamespace(infer=infer))
+        with pytest.raises(RuntimeError, match="no memory"):
+            conversation.feed(words(2, seed=3))
+    assert np.abs(conversation.feed(words(3, seed=2)) - expected[1]).max() < SAME
 
 
 def test_a_new_conversation_begins_with_an_empty_cache(tiny_adsc: Bundle):
