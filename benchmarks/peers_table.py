@@ -46,7 +46,8 @@ def table(document: Mapping[str, Any]) -> str:
     """Return both tables with what they were measured on."""
     rows, environment = document["rows"], document["environment"]
     versions = dict.fromkeys(row["version"] for row in rows if row.get("version"))
-    ours = [f"{name} {environment['versions'][name]}" for name in ("tokexport", "onnxruntime")]
+    libraries = ["tokexport", "onnxruntime", *dict.fromkeys(row["engine"] for row in rows if row.get("engine"))]
+    ours = [f"{name} {environment['versions'][name]}" for name in libraries if name in environment["versions"]]
     work = document["workload"]
     loads = ", ".join(f"{load['before']:.1f}" for load in document["loads"])
     order = ", one system at a time" if document.get("one_at_a_time") else ""

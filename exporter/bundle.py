@@ -43,6 +43,7 @@ _LIBRARIES = (
     "onnxscript",
     "onnxruntime",
     "onnxruntime-gpu",
+    "openvino",
     "tensorrt",
     "tensorrt-rtx",
     "safetensors",
