@@ -52,7 +52,7 @@ def table(document: Mapping[str, Any]) -> str:
     loads = ", ".join(f"{load['before']:.1f}" for load in document["loads"])
     order = ", one system at a time" if document.get("one_at_a_time") else ""
     lines = [
-        f"{environment['cpu']}, {environment['threads']} threads; {', '.join([*ours, *versions])}",
+        f"{environment['cpu']}, {environment['threads']} threads; {', '.join(dict.fromkeys([*ours, *versions]))}",
         "",
         f"{work['vision_tokens']} vision and {work['text_tokens']} text tokens, {work['new_tokens']} more tokens, "
         f"medians of {work['repeats']} (10th to 90th percentile){order}. Load before each group: {loads}.",
