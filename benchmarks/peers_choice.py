@@ -92,7 +92,7 @@ def chosen_engines(entries: Sequence[str]) -> dict[str, Sequence[Bits]]:
         if width and width not in BITS:
             raise click.ClickException(f"an artefact has no {width!r}; choose from {', '.join(BITS)}")
         load_backend(name)
-        mine = tuple(bits for bits in BITS if width in ("", bits))
+        mine: tuple[Bits, ...] = tuple(bits for bits in BITS if width in ("", bits))
         chosen[name] = (*chosen.get(name, ()), *mine)
     return chosen
 

@@ -10,7 +10,9 @@ H heads of queries, K of keys and values, E numbers a head, Q new tokens, L toke
 
 import functools
 from collections.abc import Mapping, Sequence
+from importlib import import_module
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -23,11 +25,11 @@ from tokexport.exporter.bundle import Bundle
 from tokexport.exporter.graph_io import cache_names, choice_names, choosing_layers
 
 try:
-    import openvino as ov
-    from openvino import opset13 as ops
-    from openvino._offline_transformations import apply_make_stateful_transformation
-    from openvino.frontend import NodeContext
-    from openvino.frontend.onnx import ConversionExtension
+    # By name: a type checker without the package would take this very file for it.
+    ov: Any = import_module("openvino")
+    ops: Any = import_module("openvino.opset13")
+    transformations: Any = import_module("openvino._offline_transformations")
+    frontend: Any = import_module("openvino.frontend.onnx")
 except ImportError as error:
     raise BackendUnavailableError(
         "OpenVINO is not installed; install it with: pip install 'tokexport[cpu,openvino]'"
@@ -69,8 +71,8 @@ class OpenVinoSession(Session):
             for graph in ("vision_encoder", "embed_tokens")
         )
         core = ov.Core()
-        core.add_extension(ConversionExtension("TensorScatter", _grow))
-        core.add_extension(ConversionExtension("Attention", functools.partial(_attend, {})))
+        core.add_extension(frontend.ConversionExtension("TensorScatter", _grow))
+        core.add_extension(frontend.ConversionExtension("Attention", functools.partial(_attend, {})))
         decoder = _read(core, bundle.graph_path("decoder_model_merged"))
         caches = [
             tuple(zip(cache_names(layer), cache_names(layer, "present"), strict=True))
@@ -133,7 +135,7 @@ class OpenVinoSession(Session):
         self._lengths = list(lengths)
 
 
-def _read(core: ov.Core, path: Path) -> ov.Model:
+def _read(core: Any, path: Path) -> Any:
     try:
         return core.read_model(path)
     except RuntimeError as error:
@@ -160,7 +162,7 @@ def _properties(bundle: Bundle, threads: int) -> dict[str, str | int]:
     return properties
 
 
-def _keep_caches(decoder: ov.Model, present_of: Mapping[str, str]) -> None:
+def _keep_caches(decoder: Any, present_of: Mapping[str, str]) -> None:
     """Let a decoder keep what comes in under one name and goes out under another, empty at first."""
     beams = ops.parameter([1], np.int32, name=_BEAMS)
     beams.output(0).set_names({_BEAMS})
@@ -175,7 +177,7 @@ def _keep_caches(decoder: ov.Model, present_of: Mapping[str, str]) -> None:
                 reader.replace_source_output(chosen.output(0))
     decoder.add_parameters([beams])
     decoder.validate_nodes_and_infer_types()
-    apply_make_stateful_transformation(decoder, dict(present_of))
+    transformations.apply_make_stateful_transformation(decoder, dict(present_of))
     for node in decoder.get_ops():
         if node.get_type_name() == "ReadValue":
             empty = [0 if size.is_dynamic else size.get_length() for size in node.output(0).partial_shape]
@@ -183,12 +185,12 @@ def _keep_caches(decoder: ov.Model, present_of: Mapping[str, str]) -> None:
     decoder.validate_nodes_and_infer_types()
 
 
-def _grow(node: NodeContext) -> list[ov.Output]:
+def _grow(node: Any) -> list[Any]:
     """Return a cache (1, K, L, E): the new tokens behind those that it came with."""
     return ops.concat([node.get_input(0), node.get_input(1)], _TOKENS).outputs()
 
 
-def _attend(masks: dict[str, ov.Output], node: NodeContext) -> list[ov.Output]:
+def _attend(masks: dict[str, Any], node: Any) -> list[Any]:
     """Return what every token (1, H, Q, E) makes of the cache up to itself; layers of one length share a mask."""
     query, *cached, length = (node.get_input(place) for place in (0, 1, 2, _LENGTH))
     name = length.get_node().get_friendly_name()
@@ -198,7 +200,7 @@ def _attend(masks: dict[str, ov.Output], node: NodeContext) -> list[ov.Output]:
     return ops.scaled_dot_product_attention(query, keys, values, masks[name]).outputs()
 
 
-def _mask(query: ov.Output, keys: ov.Output) -> ov.Output:
+def _mask(query: Any, keys: Any) -> Any:
     """Return what is added to scores, (1, 1, Q, L): nothing where a token sees a place."""
     num_new, num_all = (_size(value) for value in (query, keys))
     place_L = ops.range(_constant(0), num_all, _constant(1), "i64")
@@ -210,7 +212,7 @@ def _mask(query: ov.Output, keys: ov.Output) -> ov.Output:
     return ops.unsqueeze(mask_QL, _constant([0, 1])).output(0)
 
 
-def _repeated(value: ov.Output, num_heads: int) -> ov.Output:
+def _repeated(value: Any, num_heads: int) -> Any:
     """Return keys or values (1, K, L, E) once for every head of queries that shares them, (1, H, L, E)."""
     times = num_heads // _heads(value)
     if times == 1:
@@ -221,13 +223,13 @@ def _repeated(value: ov.Output, num_heads: int) -> ov.Output:
     return ops.reshape(repeated, _constant([0, num_heads, -1, value.partial_shape[3].get_length()]), True).output(0)
 
 
-def _heads(value: ov.Output) -> int:
+def _heads(value: Any) -> int:
     return value.partial_shape[1].get_length()
 
 
-def _size(value: ov.Output) -> ov.Node:
+def _size(value: Any) -> Any:
     return ops.gather(ops.shape_of(value, "i64"), _constant(_TOKENS), _constant(0))
 
 
-def _constant(value: ArrayLike) -> ov.Node:
+def _constant(value: ArrayLike) -> Any:
     return ops.constant(np.array(value, np.int64))

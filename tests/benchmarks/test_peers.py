@@ -66,7 +66,7 @@ def test_every_peer_is_a_row_and_none_stops_the_others(recipes: tuple[Path, Path
     outcome = ran(
         *("--recipe", recipes[0], "--recipe", recipes[1], "--bits", "float", "--text-tokens", 8, "--new-tokens", 3),
         *("--peers", ",".join(["transformers:fp32", *map(str, scripts)]), "--repeats", 2, "--threads", 1),
-        *("--engine", "ort", "--engine", "ort-portable:float", "--engine", "openvino:int8", "-o", tmp_path / "out"),
+        *("--engine", "ort", "--engine", "ort-portable:float", "--engine", "ort-portable:int8", "-o", tmp_path / "out"),
     )
     assert outcome.exit_code == 0, outcome.output
     document = json.loads((tmp_path / "out" / "peers.json").read_text())

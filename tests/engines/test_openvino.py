@@ -4,6 +4,7 @@
 
 from collections.abc import Callable
 from dataclasses import replace
+from importlib import import_module
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -15,12 +16,14 @@ import pytest
 from tests.conftest import adsc, recipe_for
 from tests.engines.conftest import open_engine, pixels, with_checksums_of_today, words
 from tokexport.engines.backend import SessionOptions
-from tokexport.engines.backends import openvino
 from tokexport.engines.generate import IMAGE, Conversation
 from tokexport.engines.parity import verify
 from tokexport.errors import BackendUnavailableError
 from tokexport.exporter.bundle import Bundle
 from tokexport.recipes.schema import QuantizeTable, Recipe
+
+pytest.importorskip("openvino", reason="needs the extra openvino")
+openvino: Any = import_module("tokexport.engines.backends.openvino")
 
 Export = Callable[[Recipe], Bundle]
 
@@ -71,8 +74,7 @@ def test_a_mask_aligned_to_the_upper_left_is_no_proof(tiny_adsc: Bundle, monkeyp
 
 
 def test_every_layer_has_a_fused_attention_that_holds_its_cache(tiny_adsc: Bundle):
-    session = open_engine(tiny_adsc, "openvino")
-    assert isinstance(session, openvino.OpenVinoSession)
+    session: Any = open_engine(tiny_adsc, "openvino")
     nodes = session._decoder.get_compiled_model().get_runtime_model().get_ops()
     kinds = [(node.get_rt_info()["layerType"].value, node.get_friendly_name()) for node in nodes]
     assert [kind for kind, _ in kinds].count("ScaledDotProductAttention") == tiny_adsc.spec.num_layers
@@ -97,8 +99,7 @@ def test_what_a_conversation_goes_back_behind_is_forgotten(tiny_adsc: Bundle):
 
 
 def test_what_a_call_that_failed_left_is_forgotten(tiny_adsc: Bundle, monkeypatch: pytest.MonkeyPatch):
-    session = open_engine(tiny_adsc, "openvino")
-    assert isinstance(session, openvino.OpenVinoSession)
+    session: Any = open_engine(tiny_adsc, "openvino")
     conversation = Conversation(session)
     expected = [conversation.feed(tokens) for tokens in (words(6), words(3, seed=2))]
 
