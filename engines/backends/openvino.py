@@ -1,9 +1,9 @@
 """OpenVINO on the CPU for the decoder, ONNX Runtime for the rest: with AVX-512 the fastest for weights of four bits.
 
-Both read the artefact's own graphs. Towers in int8 take three times as long in OpenVINO, which multiplies in float32
-what a graph has rounded to bytes. Two operators of the decoder are put into its terms. ``TensorScatter``, which writes
-into a cache of a fixed size, becomes ``Concat``: a cache that OpenVINO keeps to itself and that grows. ``Attention``
-over it becomes OpenVINO's fused attention with the mask written out, as the causal one it has knows of no cache.
+Both read the artefact's own graphs. Towers in int8 took two to three times as long in OpenVINO. Two operators of the
+decoder are put into its terms. ``TensorScatter``, which writes into a cache of a fixed size, becomes ``Concat``: a
+cache that OpenVINO keeps to itself and that grows. ``Attention`` over it becomes OpenVINO's fused attention with the
+mask written out.
 
 H heads of queries, K of keys and values, E numbers a head, Q new tokens, L tokens in a cache with the new ones
 """
