@@ -314,6 +314,23 @@ def main() -> None:
         sys.exit(1)
     except OSError as error:
         _fail(f"{error.filename or 'a file'}: {error.strerror or error}", 1)
+    except Exception as error:
+        if not _came_of_interruption(error):
+            raise
+        _fail("interrupted", _EXIT_INTERRUPTED)
+
+
+def _came_of_interruption(error: BaseException | None) -> bool:
+    """Say whether ``error`` was raised while an interruption unwound the stack.
+
+    torch.export cleans up after itself on the way out; interrupted between two of its steps, that
+    fails with an error of its own, which hides the interruption.
+    """
+    while error is not None:
+        if isinstance(error, KeyboardInterrupt):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
 
 
 def _interrupt(_signal: int, _frame: FrameType | None) -> None:

@@ -1,5 +1,6 @@
 """Building, proving and measuring from the command line, also where that is interrupted or fails."""
 
+import contextlib
 import json
 import resource
 import shutil
@@ -142,6 +143,34 @@ def test_an_interrupted_build_leaves_nothing(recipe: Path, checkpoint: Path, tmp
     outcome = outcome_of(process, said)
     assert (outcome.code, outcome.error) == (130, "interrupted")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_an_interruption_is_said_though_an_error_of_the_clean_up_hides_it(
+    run: Run, recipe: Path, checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    def interrupted(*_args: object, **_options: object) -> None:
+        try:
+            raise KeyboardInterrupt
+        finally:
+            with contextlib.suppress(ValueError):  # what was dealt with on the way hides nothing
+                raise ValueError
+            raise RuntimeError("a mode that is not active")
+
+    monkeypatch.setattr("tokexport.exporter.trace.torch.export.export", interrupted)
+    outcome = run("export", "--recipe", recipe, "--model", checkpoint, "-o", tmp_path / "out")
+    assert (outcome.code, outcome.error) == (130, "interrupted")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_defect_is_not_taken_for_an_interruption(
+    run: Run, recipe: Path, checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    def fails(*_args: object, **_options: object) -> None:
+        raise RuntimeError("a defect")
+
+    monkeypatch.setattr("tokexport.exporter.trace.torch.export.export", fails)
+    with pytest.raises(RuntimeError, match="a defect"):
+        run("export", "--recipe", recipe, "--model", checkpoint, "-o", tmp_path / "out")
 
 
 def test_a_full_disk_is_said_in_one_line_and_leaves_nothing(recipe: Path, checkpoint: Path, tmp_path: Path):
