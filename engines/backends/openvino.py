@@ -9,6 +9,8 @@ H heads of queries, K of keys and values, E numbers a head, Q new tokens, L toke
 """
 
 import functools
+import threading
+import weakref
 from collections.abc import Mapping, Sequence
 from importlib import import_module
 from pathlib import Path
@@ -45,6 +47,11 @@ _BEAMS = "beam_idx"
 """The input that says whose cache a sequence goes on with: only behind one is a cache fused with attention."""
 
 
+_reading = threading.Lock()
+_masks: dict[str, Any] = {}
+"""Of the graph that is being read, by the name of the length of the caches that they are for."""
+
+
 class OpenVino(Backend):
     """The artefact's graphs, the decoder in OpenVINO with cache and attention fused."""
 
@@ -70,17 +77,17 @@ class OpenVinoSession(Session):
             inference_session(graph_file(bundle, graph), bundle.path / "onnx", threads=options.threads, is_fast=True)
             for graph in ("vision_encoder", "embed_tokens")
         )
-        core = ov.Core()
-        core.add_extension(frontend.ConversionExtension("TensorScatter", _grow))
-        core.add_extension(frontend.ConversionExtension("Attention", functools.partial(_attend, {})))
-        decoder = _read(core, bundle.graph_path("decoder_model_merged"))
+        decoder = _read(bundle.graph_path("decoder_model_merged"))
         caches = [
             tuple(zip(cache_names(layer), cache_names(layer, "present"), strict=True))
             for layer in range(self.spec.num_layers)
         ]
         _keep_caches(decoder, dict(pair for pairs in caches for pair in pairs))
         properties = _properties(bundle, options.threads or available_cores())
-        self._decoder = core.compile_model(decoder, "CPU", properties).create_infer_request()
+        compiled = _core().compile_model(decoder, "CPU", properties)
+        self._decoder = compiled.create_infer_request()
+        # OpenVINO 2026.4 keeps a model whose attention holds a cache for ever; most of its memory goes if asked to go.
+        weakref.finalize(self, compiled.release_memory).atexit = False
         # An input that nothing reads, like the lengths of caches that know their own, is none of a compiled model.
         self._inputs = {name for value in self._decoder.model_inputs for name in value.names}
         self._choosing = choosing_layers(bundle.graph_io("decoder_model_merged"))
@@ -135,15 +142,31 @@ class OpenVinoSession(Session):
         self._lengths = list(lengths)
 
 
-def _read(core: Any, path: Path) -> Any:
-    try:
-        return core.read_model(path)
-    except RuntimeError as error:
-        reason = [line.strip(" -") for line in str(error).splitlines() if line.strip()][-1]
-        raise BackendUnavailableError(
-            f"OpenVINO {ov.get_version().partition('-')[0]} does not read {path}: {reason}; update it, or use another "
-            "backend, e.g. ort"
-        ) from error
+@functools.cache
+def _core() -> Any:
+    """Return what reads and compiles every graph of this process; it never ends before the process does.
+
+    OpenVINO gives a thread that compiles another stack for signal handlers, and puts the one from before back at the
+    end. Of several cores, that one can be gone by then: the next signal, such as Ctrl-C, kills the process.
+    """
+    core = ov.Core()
+    core.add_extension(frontend.ConversionExtension("TensorScatter", _grow))
+    core.add_extension(frontend.ConversionExtension("Attention", _attend))
+    return core
+
+
+def _read(path: Path) -> Any:
+    with _reading:
+        try:
+            return _core().read_model(path)
+        except RuntimeError as error:
+            reason = [line.strip(" -") for line in str(error).splitlines() if line.strip()][-1]
+            raise BackendUnavailableError(
+                f"OpenVINO {ov.get_version().partition('-')[0]} does not read {path}: {reason}; update it, or use "
+                "another backend, e.g. ort"
+            ) from error
+        finally:
+            _masks.clear()
 
 
 def _properties(bundle: Bundle, threads: int) -> dict[str, str | int]:
@@ -190,14 +213,14 @@ def _grow(node: Any) -> list[Any]:
     return ops.concat([node.get_input(0), node.get_input(1)], _TOKENS).outputs()
 
 
-def _attend(masks: dict[str, Any], node: Any) -> list[Any]:
+def _attend(node: Any) -> list[Any]:
     """Return what every token (1, H, Q, E) makes of the cache up to itself; layers of one length share a mask."""
     query, *cached, length = (node.get_input(place) for place in (0, 1, 2, _LENGTH))
     name = length.get_node().get_friendly_name()
-    if name not in masks:
-        masks[name] = _mask(query, cached[0])
+    if name not in _masks:
+        _masks[name] = _mask(query, cached[0])
     keys, values = (_repeated(value, _heads(query)) for value in cached)
-    return ops.scaled_dot_product_attention(query, keys, values, masks[name]).outputs()
+    return ops.scaled_dot_product_attention(query, keys, values, _masks[name]).outputs()
 
 
 def _mask(query: Any, keys: Any) -> Any:

@@ -2,6 +2,9 @@
 
 # pyright: reportPrivateUsage=false
 
+import gc
+import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from importlib import import_module
@@ -142,3 +145,35 @@ def test_an_operator_that_openvino_does_not_know_is_named(tiny_adsc: Bundle, cop
 def test_half_precision_is_left_to_others(checkpoint: Path, exported: Export):
     with pytest.raises(BackendUnavailableError, match="'openvino' does not run graphs in float16, only in float32"):
         open_engine(exported(recipe_for(checkpoint, dtype="float16")), "openvino")
+
+
+def test_a_session_gives_its_memory_back(tiny_adsc: Bundle, monkeypatch: pytest.MonkeyPatch):
+    released: list[object] = []
+    monkeypatch.setattr(openvino.ov.CompiledModel, "release_memory", lambda model: released.append(model))
+    session = open_engine(tiny_adsc, "openvino")
+    assert not released
+    del session
+    gc.collect()
+    assert len(released) == 1
+
+
+def test_a_signal_is_heard_after_sessions_that_overlap(checkpoint: Path, exported: Export):
+    # The first ends while the second goes on.
+    script = """
+import gc, signal, sys
+from pathlib import Path
+from tokexport.engines.backend import SessionOptions, open_session
+from tokexport.exporter.bundle import Bundle
+
+bundle = Bundle.open(Path(sys.argv[1]))
+options = SessionOptions.for_bundle(bundle, threads=1)
+sessions = [open_session(bundle, "openvino", options) for _ in range(2)]
+while sessions:
+    del sessions[0]
+    gc.collect()
+signal.signal(signal.SIGUSR1, lambda *_: print("heard"))
+signal.raise_signal(signal.SIGUSR1)
+"""
+    path = exported(recipe_for(checkpoint, adsc())).path
+    ended = subprocess.run([sys.executable, "-c", script, path], capture_output=True, text=True, check=False)
+    assert (ended.returncode, ended.stdout) == (0, "heard\n"), ended.stderr
