@@ -3,7 +3,6 @@
 # pyright: reportPrivateUsage=false
 
 import os
-from importlib.util import find_spec
 from typing import Any
 
 import numpy as np
@@ -35,9 +34,6 @@ ALL = (
     "transformers"
 )
 SAME = 1e-4
-OPENVINO = pytest.param(
-    "openvino", marks=pytest.mark.skipif(find_spec("openvino") is None, reason="needs the extra openvino")
-)
 
 TURNS = ([*words(6), IMAGE, *words(4, seed=1)], words(3, seed=2), [IMAGE], words(1, seed=3))
 
@@ -68,14 +64,14 @@ def test_the_engines_are_those_with_a_file():
     assert DEFAULT_BACKEND in list_backends()
 
 
-@pytest.mark.parametrize("backend", [OPENVINO, "ort", "ort-portable"])
+@pytest.mark.parametrize("backend", ["openvino", "ort", "ort-portable"])
 def test_an_engine_computes_the_logits_of_pytorch_when_compressed(
     backend: str, tiny_adsc: Bundle, expected_adsc: NDArray[np.float32]
 ):
     assert np.abs(logits_of(open_engine(tiny_adsc, backend)) - expected_adsc).max() < SAME
 
 
-@pytest.mark.parametrize("backend", [*STATIC, OPENVINO])
+@pytest.mark.parametrize("backend", [*STATIC, "openvino"])
 def test_an_engine_computes_the_logits_of_transformers_when_not_compressed(
     backend: str, tiny_full: Bundle, expected_full: NDArray[np.float32]
 ):
@@ -111,7 +107,7 @@ def test_the_cache_keeps_its_size_while_it_is_filled(backend: str, tiny_adsc: Bu
     assert session.kv_bytes == before
 
 
-@pytest.mark.parametrize("backend", ["transformers", OPENVINO])
+@pytest.mark.parametrize("backend", ["transformers", "openvino"])
 def test_a_cache_that_grows_holds_just_what_was_read(backend: str, tiny_full: Bundle):
     session = open_engine(tiny_full, backend)
     logits_of(session)
@@ -142,7 +138,7 @@ def test_nothing_is_written_behind_the_length_of_the_cache(backend: str, tiny_ad
         assert keys[:, :, :length].any(axis=(0, 1, 3)).all()
 
 
-@pytest.mark.parametrize("backend", [*STATIC, OPENVINO])
+@pytest.mark.parametrize("backend", [*STATIC, "openvino"])
 def test_the_caches_of_engines_agree(backend: str, tiny_adsc: Bundle):
     sessions = [open_engine(tiny_adsc, name) for name in ("torch-eager", backend)]
     for session in sessions:
@@ -172,7 +168,7 @@ def test_pytorch_uses_the_threads_asked_for(backend: str, tiny_adsc: Bundle):
         torch.set_num_threads(before)
 
 
-@pytest.mark.parametrize("backend", [*STATIC, OPENVINO])
+@pytest.mark.parametrize("backend", [*STATIC, "openvino"])
 def test_threads_do_not_change_the_answer(backend: str, tiny_adsc: Bundle, expected_adsc: NDArray[np.float32]):
     assert np.abs(logits_of(open_engine(tiny_adsc, backend, threads=2)) - expected_adsc).max() < SAME
 
@@ -217,7 +213,7 @@ def test_attention_has_all_scores_at_once_for_short_prompts(
     assert os.environ.get(ort_session._WITHOUT_TILES) == set_by_user
 
 
-@pytest.mark.parametrize("backend", ["ort", OPENVINO])
+@pytest.mark.parametrize("backend", ["ort", "openvino"])
 def test_a_second_row_in_a_batch_is_refused(backend: str, tiny_adsc: Bundle):
     session = open_engine(tiny_adsc, backend)
     two = np.zeros((2, 1, session.spec.hidden_size), np.float32)

@@ -25,7 +25,6 @@ from tokexport.errors import BackendUnavailableError
 from tokexport.exporter.bundle import Bundle
 from tokexport.recipes.schema import QuantizeTable, Recipe
 
-pytest.importorskip("openvino", reason="needs the extra openvino")
 openvino: Any = import_module("tokexport.engines.backends.openvino")
 
 Export = Callable[[Recipe], Bundle]
